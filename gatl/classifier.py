@@ -1,0 +1,149 @@
+"""The LightningModule: a layered network trained as a chromosome says."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from gatl.models.layered import LayeredNetwork
+
+# Looking at a loss makes a GPU wait for it, so it is looked at now and then.
+BATCHES_BETWEEN_CHECKS = 25
+
+
+class Diverged(ArithmeticError):
+    """A loss was not finite."""
+
+
+class Classifier(lightning.LightningModule):
+    """An image classifier that is built, frozen and trained from its genes.
+
+    All arguments are plain data, so that a checkpoint is self-sufficient and
+    loads with ``weights_only=True``. Images come normalised, (B, 3, H, W);
+    logits are (B, n_classes).
+
+    Args:
+        network: How to build the network: `_target_` and its arguments, but for
+            those that the genes and the classes give.
+        genes: `included_layers`, `frozen_layers`, `learning_rate` and `dropout`;
+            optionally `weight_decay` (decoupled; Loshchilov & Hutter 2019) and
+            `label_smoothing` (Szegedy et al. 2016; in the training loss only).
+        classes: The names of the classes, in the order of the logits.
+        preprocessing: What images need before they come here; kept for prediction.
+        class_weights: A weight a class that averages 1 over the training split,
+            or None. Training loss and val_loss are weighted alike.
+    """
+
+    def __init__(
+        self,
+        network: Mapping[str, Any],
+        genes: Mapping[str, float],
+        classes: Sequence[str],
+        preprocessing: Mapping[str, Any],
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.genes = dict(genes)
+        self.classes = tuple(classes)
+        self.network: LayeredNetwork = instantiate(
+            dict(network),
+            included_layers=int(genes["included_layers"]),
+            n_classes=len(classes),
+            dropout=genes["dropout"],
+            _convert_="all",
+        )
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.freeze(int(genes["frozen_layers"]))
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MulticlassAccuracy(len(classes), average="micro")
+        self.val_f1 = MulticlassF1Score(len(classes), average="macro")
+        self.train_loss = MeanMetric()
+        self.epochs: list[dict[str, float]] = []  # the metrics of each finished epoch
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, n_classes) for normalised images (B, 3, H, W)."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return Adam (Kingma & Ba 2015) over what is not frozen, at a constant rate."""
+        return torch.optim.Adam(
+            (p for p in self.parameters() if p.requires_grad),
+            lr=self.genes["learning_rate"],
+            weight_decay=self.genes.get("weight_decay", 0.0),
+            decoupled_weight_decay=True,
+            fused=True,
+        )
+
+    def on_fit_start(self) -> None:
+        """Give a linear probe the statistics of the features that it stands on."""
+        with self.trainer.precision_plugin.forward_context():
+            self.network.fit_neck_statistics(
+                self.trainer.datamodule.plain_train_images(self.device)  # type: ignore[attr-defined]
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy of a batch, weighted over the whole split."""
+        images, labels = batch
+        loss = F.cross_entropy(
+            self(images),
+            labels,
+            reduction="none",
+            label_smoothing=self.genes.get("label_smoothing", 0.0),
+        )
+        if self.class_weights is not None:
+            # Not divided by the batch's weights: they average 1 over the split.
+            loss = loss * self.class_weights[labels]
+        loss = loss.mean()
+        self.train_loss.update(loss.detach(), weight=len(labels))
+        if (batch_idx + 1) % BATCHES_BETWEEN_CHECKS == 0:
+            self._require_finite("train_loss", loss.item())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to the metrics of the validation split."""
+        images, labels = batch
+        logits = self(images)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        weights = 1.0 if self.class_weights is None else self.class_weights[labels]
+        self.val_loss.update(losses, weight=weights)
+        self.val_accuracy.update(logits, labels)
+        self.val_f1.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's metrics.
+
+        Raises:
+            Diverged: If a loss is not finite.
+        """
+        metrics = {}
+        for name in ("train_loss", "val_loss", "val_accuracy", "val_f1"):
+            metric = getattr(self, name)
+            metrics[name] = float(metric.compute())
+            metric.reset()
+        for name in ("train_loss", "val_loss"):
+            self._require_finite(name, metrics[name])
+        self.log_dict(metrics)
+        self.epochs.append(metrics)
+
+    def on_test_start(self) -> None:
+        """Forget the logits of an earlier test."""
+        self.test_logits: list[Tensor] = []
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Keep the logits (B, n_classes) of a batch, in the order of the test split."""
+        self.test_logits.append(self(batch[0]).float().cpu())
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise Diverged(f"diverged: {name} is {value} in epoch {self.current_epoch + 1}")

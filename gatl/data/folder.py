@@ -1,0 +1,109 @@
+"""A user's own images: a folder a class, with or without folders for the splits."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gatl.data.source import Source, Split
+from gatl.errors import UserError
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""The names of split folders, and which split each is."""
+
+# Formats for pictures; Pillow also registers documents, icons, fonts and films.
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+
+
+def load(root: str) -> Source:
+    """Find the images below a folder; open none.
+
+    The layout is ``root/<class>/*``, or ``root/train/<class>/*`` beside ``val``
+    (or ``valid``, ``validation``) and ``test``, of which either may be missing.
+    Images may lie in nested folders of a class. Hidden files and folders, and
+    files that are no images by their extension, are ignored.
+
+    Args:
+        root: The folder; a leading ``~`` is expanded.
+
+    Returns:
+        The splits that there are; class names are the sorted folder names, image
+        names the paths below the root.
+
+    Raises:
+        UserError: If the folder is not laid out like this, or a class is empty.
+    """
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise UserError(f"data.root={root} does not exist; give a folder with one folder a class.")
+    if not path.is_dir():
+        raise UserError(f"data.root={root} is no folder; give a folder with one folder a class.")
+    found = _split_folders(path) or {"train": path}
+    classes = {name: tuple(_folders(folder)) for name, folder in found.items()}
+    expected = classes["train"]
+    if len(expected) < 2:
+        got = f"only {expected[0]!r}" if expected else "none"
+        raise UserError(
+            f"{found['train']} must hold a folder for each of 2 or more classes: {got}."
+        )
+    for name, others in classes.items():
+        if different := sorted(set(others) ^ set(expected)):
+            lacks = name if different[0] in expected else "train"
+            raise UserError(
+                f"{path}: the classes of {name} and train must be the same, "
+                f"but {lacks} has no folder {different[0]!r}."
+            )
+    return Source(expected, **{name: _split(path, folder) for name, folder in found.items()})
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _split_folders(root: Path) -> dict[str, Path] | None:
+    """Return the folders of the splits; None if the folders of the root are classes.
+
+    A class may be called "train", so that name alone beside others means nothing.
+    """
+    names = _folders(root)
+    known = [name for name in names if name in SPLITS]
+    others = [name for name in names if name not in SPLITS]
+    if not known or (others and (len(known) < 2 or "train" not in known)):
+        return None
+    if others:
+        raise UserError(f"{root} holds {' and '.join(known)}, so {others[0]!r} must not be there.")
+    if "train" not in known:
+        raise UserError(f"{root} holds {' and '.join(known)}, but no folder 'train'.")
+    found = {SPLITS[name]: root / name for name in known}
+    if len(found) < len(known):
+        raise UserError(f"{root} must hold one validation folder, but got {', '.join(known)}.")
+    return found
+
+
+def _split(root: Path, folder: Path) -> Split:
+    """Collect the images of a split, class by class, each in sorted order."""
+    extensions = {e for e, name in Image.registered_extensions().items() if name in FORMATS}
+    members = {
+        label: sorted(path for path in _files(folder / label) if path.suffix.lower() in extensions)
+        for label in _folders(folder)
+    }
+    if not any(members.values()):
+        raise UserError(
+            f"{folder} holds no images; files that end in {', '.join(sorted(extensions))} count."
+        )
+    for label, paths in members.items():
+        if not paths:
+            raise UserError(f"{folder / label} holds no images; add some or remove the folder.")
+    images = [path for paths in members.values() for path in paths]
+    labels = np.repeat(np.arange(len(members)), [len(paths) for paths in members.values()])
+    names = [path.relative_to(root).as_posix() for path in images]
+    return Split(images, labels.astype(np.int64), names)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the visible files below a folder; like torchvision's ImageFolder, follow links."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))

@@ -1,0 +1,351 @@
+"""The images of a run, decoded and resized once, shared by all fits.
+
+Each split becomes one ``.npy`` file that every process maps into its memory, so
+that any number of fits share one copy. Images that are too many for that are
+streamed: see `fits_in_memory`. Nothing here imports torch until a batch is made.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil  # type: ignore[import-untyped]
+
+from gatl.data.decode import UndecodableImage, to_rgb
+from gatl.data.source import ImageLike, Labels, Source, Split
+from gatl.data.splits import complete_splits
+from gatl.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int, int], None]
+"""Is told how many images are done, and of how many."""
+
+_CHUNK = 256
+"""Images between two calls of the progress function."""
+
+
+class Decoded:
+    """Images of one size in a ``.npy`` file, mapped when first read; pickles as its path."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file, which holds (N, S, S, 3) uint8."""
+        self.path = path.resolve()
+
+    def __reduce__(self) -> tuple[type["Decoded"], tuple[Path]]:
+        """Leave the array behind: the other process maps the file itself."""
+        return Decoded, (self.path,)
+
+    @cached_property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """Shape (N, S, S, 3)."""
+        mapped: npt.NDArray[np.uint8] = np.load(self.path, mmap_mode="r")
+        return mapped
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.array)
+
+    def batch(self, indices: npt.NDArray[np.integer]) -> "torch.Tensor":
+        """Gather images.
+
+        Args:
+            indices: Shape (B,), each in [0, N).
+
+        Returns:
+            Shape (B, 3, S, S), uint8, in channels_last memory format.
+        """
+        return _channels_last(np.take(self.array, indices, axis=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """Images that are decoded anew for each batch, in threads."""
+
+    images: Sequence[ImageLike] | Decoded
+    size: int
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.images)
+
+    def batch(self, indices: npt.NDArray[np.integer]) -> "torch.Tensor":
+        """Decode images.
+
+        Args:
+            indices: Shape (B,), each in [0, N).
+
+        Returns:
+            Shape (B, 3, S, S), uint8, in channels_last memory format.
+
+        Raises:
+            UndecodableImage: If a file was damaged or removed after the run began.
+        """
+        images = self.images.array if isinstance(self.images, Decoded) else self.images
+        # A pool a batch costs little beside the decoding, and none has to survive a fork.
+        with ThreadPoolExecutor(_n_threads()) as pool:
+            chosen = [images[i] for i in indices.tolist()]
+            return _channels_last(np.stack(list(pool.map(partial(to_rgb, size=self.size), chosen))))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PreparedSplit:
+    """The images of a split, ready for batches, with their labels (N,) and N names."""
+
+    images: Decoded | Streamed
+    labels: Labels
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """A data set as the fits use it; pickles cheaply.
+
+    Attributes:
+        classes: C class names; a label is an index into them.
+        train: The training split.
+        val: The validation split.
+        test: The test split.
+        image_size: S, the side of the images in pixels.
+        skipped: A line for each image that could not be decoded and is left out.
+    """
+
+    classes: tuple[str, ...]
+    train: PreparedSplit
+    val: PreparedSplit
+    test: PreparedSplit
+    image_size: int
+    skipped: tuple[str, ...]
+
+
+def fits_in_memory(n_images: int, image_size: int, folder: Path) -> bool:
+    """Whether the decoded images take at most half of the free memory, and of the free disk.
+
+    Args:
+        n_images: N, in all splits together; they take 3 * N * S * S bytes.
+        image_size: S, in pixels.
+        folder: Where the arrays would be written.
+    """
+    free = min(psutil.virtual_memory().available, shutil.disk_usage(folder).free)
+    return bool(3 * n_images * image_size**2 <= free / 2)
+
+
+def decode_split(
+    split: Split,
+    image_size: int,
+    path: Path,
+    *,
+    stream: bool = False,
+    progress: Progress | None = None,
+) -> tuple[PreparedSplit, dict[int, UndecodableImage]]:
+    """Decode every image of a split, once.
+
+    Args:
+        split: N images.
+        image_size: S, in pixels.
+        path: The ``.npy`` file to write, which appears only when it is complete.
+        stream: Keep no pixels; only find out which images can be decoded.
+        progress: Called now and then, and at the end.
+
+    Returns:
+        The decodable images, and why the others are not, by their index.
+    """
+    if stream:
+        bad = _decode_each(split.images, image_size, None, progress)
+        split = split.subset(_kept(split, bad)) if bad else split
+        images: Decoded | Streamed = Streamed(_spilled(split.images, path), image_size)
+    else:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+            array = _new_file(Path(folder, "all.npy"), len(split), image_size)
+            bad = _decode_each(split.images, image_size, array, progress)
+            if bad:
+                kept = _kept(split, bad)
+                split = split.subset(kept)
+                fewer = _new_file(Path(folder, "kept.npy"), len(split), image_size)
+                for new, old in enumerate(kept):
+                    fewer[new] = array[old]
+                array = fewer
+            array.flush()
+            Path(str(array.filename)).replace(path)
+        images = Decoded(path)
+    return PreparedSplit(images, split.labels, tuple(split.names)), bad
+
+
+def prepare(
+    source: Source,
+    *,
+    image_size: int,
+    split_seed: int,
+    max_bad: float,
+    folder: Path,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Complete the splits of a source and decode its images.
+
+    Images that cannot be decoded are left out, with their labels, and listed.
+
+    Args:
+        source: Images with a training split at least.
+        image_size: S, in pixels, at least 1.
+        split_seed: In [0, 2**32), see `complete_splits`.
+        max_bad: In [0, 1]; the share of undecodable images, of any class and of
+            all images, above which the run stops.
+        folder: An existing folder, where ``train.npy``, ``val.npy`` and
+            ``test.npy`` are written. It must outlive the result.
+        progress: Told how many images are decoded.
+
+    Returns:
+        Three splits, ready for batches.
+
+    Raises:
+        UserError: If the source cannot be split, or too many images are bad.
+    """
+    source = complete_splits(source, split_seed)
+    splits = {"train": source.train, "val": source.val, "test": source.test}
+    given = {name: split for name, split in splits.items() if split is not None}
+    total = sum(len(split) for split in given.values())
+    stream = not fits_in_memory(total, image_size, folder)
+    prepared: dict[str, PreparedSplit] = {}
+    bad_labels: list[int] = []
+    skipped: list[str] = []
+    done = 0
+    for name, split in given.items():
+        prepared[name], bad = decode_split(
+            split,
+            image_size,
+            folder / f"{name}.npy",
+            stream=stream,
+            progress=partial(_report, progress, done, total) if progress else None,
+        )
+        bad_labels += [int(split.labels[i]) for i in bad]
+        skipped += [str(error) for error in bad.values()]
+        done += len(split)
+    labels = np.concatenate([split.labels for split in given.values()])
+    _check_bad(source.classes, labels, np.array(bad_labels, np.int64), skipped, max_bad)
+    for name, ready in prepared.items():
+        n_left = len(np.unique(ready.labels))
+        if n_left < (len(source.classes) if name == "train" else 1):
+            raise UserError(
+                f"Too many images of the {name} split cannot be decoded; the first: {skipped[0]}."
+            )
+    return PreparedData(
+        classes=source.classes,
+        train=prepared["train"],
+        val=prepared["val"],
+        test=prepared["test"],
+        image_size=image_size,
+        skipped=tuple(skipped),
+    )
+
+
+def describe(prepared: PreparedData) -> str:
+    """Say in one line what there is to learn from, and how unequal the classes are."""
+    counts = np.bincount(prepared.train.labels, minlength=len(prepared.classes))
+    imbalance = counts.max() / counts.min()
+    parts = [
+        f"{len(prepared.classes)} classes",
+        *(f"{name} {len(getattr(prepared, name))}" for name in ("train", "val", "test")),
+        f"{prepared.image_size} px",
+        f"largest class {imbalance:.1f} times the smallest",
+    ]
+    if imbalance > 3:
+        parts[-1] += " (data.class_weights=true makes them count alike)"
+    if prepared.skipped:
+        parts.append(f"{len(prepared.skipped)} undecodable left out")
+    if isinstance(prepared.train.images, Streamed):
+        parts.append("streamed: more than half of the free memory or disk")
+    return " · ".join(parts)
+
+
+def _channels_last(images: npt.NDArray[np.uint8]) -> "torch.Tensor":
+    """View (B, S, S, 3) as (B, 3, S, S) without a copy."""
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _n_threads() -> int:
+    """The cores that this process may use."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _report(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
+def _decode_each(
+    images: Sequence[ImageLike],
+    size: int,
+    into: npt.NDArray[np.uint8] | None,
+    progress: Progress | None,
+) -> dict[int, UndecodableImage]:
+    """Decode images in threads; return those that cannot be, by index."""
+
+    def decode(i: int) -> UndecodableImage | None:
+        try:
+            pixels = to_rgb(images[i], size)
+        except UndecodableImage as error:
+            return error
+        if into is not None:
+            into[i] = pixels
+        return None
+
+    bad: dict[int, UndecodableImage] = {}
+    with ThreadPoolExecutor(_n_threads()) as pool:
+        # In chunks, so that Ctrl-C waits for one chunk only.
+        for start in range(0, len(images), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(images)))
+            errors = pool.map(decode, chunk)
+            bad |= {i: error for i, error in zip(chunk, errors, strict=True) if error}
+            if progress:
+                progress(chunk.stop, len(images))
+    return bad
+
+
+def _kept(split: Split, bad: Collection[int]) -> npt.NDArray[np.intp]:
+    """The indices of the images that are not bad."""
+    return np.setdiff1d(np.arange(len(split)), list(bad))
+
+
+def _new_file(path: Path, n_images: int, size: int) -> np.memmap[Any, np.dtype[np.uint8]]:
+    shape = (n_images, size, size, 3)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+
+
+def _spilled(images: Sequence[ImageLike], path: Path) -> Sequence[ImageLike] | Decoded:
+    """Move arrays of one shape into a file, so that they need not be pickled."""
+    arrays = [image for image in images if isinstance(image, np.ndarray)]
+    if len(arrays) < len(images) or len({array.shape for array in arrays}) != 1:
+        return images
+    np.save(path, np.stack(arrays))
+    return Decoded(path)
+
+
+def _check_bad(
+    classes: Sequence[str], labels: Labels, bad: Labels, skipped: Sequence[str], max_bad: float
+) -> None:
+    """Raise if more than the allowed share of a class or of all images is bad."""
+    counts, bad_counts = (np.bincount(x, minlength=len(classes)) for x in (labels, bad))
+    groups = [
+        (f"class {label!r}", b, n) for label, b, n in zip(classes, bad_counts, counts, strict=True)
+    ]
+    for what, n_bad, n in [("the data set", len(bad), len(labels)), *groups]:
+        if n_bad > max_bad * n:
+            raise UserError(
+                f"{n_bad} of the {n} images of {what} cannot be decoded, but data.max_bad="
+                f"{max_bad:g} allows {max_bad:.0%}; the first: {skipped[0]}."
+            )

@@ -1,0 +1,376 @@
+"""From a chromosome to its val_loss: one `Trainer.fit` each, on local workers."""
+
+import concurrent.futures
+import gc
+import hashlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning
+import psutil
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+
+from gatl.classifier import Classifier, Diverged
+from gatl.config import Config, TrainerConfig
+from gatl.data.images import PreparedData
+from gatl.data.module import ImageData, class_weights
+from gatl.errors import UserError
+from gatl.models.weights import load_weights
+from gatl.outcome import Outcome
+from gatl.streams import Purpose, generator
+
+GIB = 2**30
+# Measured while training SE-DenseNet-121 in 32 bits: what its activations take.
+ACTIVATION_BYTES_PER_PIXEL = 4096
+
+
+class FitStopped(Exception):  # noqa: N818 - a request, not an error
+    """A fit was cut off on request."""
+
+
+class StopOnRequest(Callback):
+    """Cut a fit off after the batch in which the event is set."""
+
+    def __init__(self, stop: Event) -> None:
+        self._stop = stop
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the event."""
+        if self._stop.is_set():
+            raise FitStopped
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit that is asked for.
+
+    Attributes:
+        genes: The chromosome by name.
+        epochs: The fidelity.
+        seed: Of its weights, order, augmentation and dropout; see `fit_seed`.
+        folder: Where its logs go.
+    """
+
+    genes: Mapping[str, float]
+    epochs: int
+    seed: int
+    folder: Path
+
+
+def fit_seed(seed: int, purpose: Purpose, genes: Mapping[str, float], index: int = 0) -> int:
+    """Return the seed of a fit, which depends on these arguments alone.
+
+    Args:
+        seed: The run's seed, in [0, 2**32), as the result.
+        purpose: FIT for the search's own, REEVALUATION or FINAL.
+        genes: The canonical chromosome by name.
+        index: Tells re-evaluations of one chromosome apart.
+    """
+    digest = hashlib.sha256(json.dumps([genes, index], sort_keys=True).encode()).digest()
+    a, b = (int.from_bytes(digest[i : i + 4], "big") for i in (0, 4))
+    return int(generator(seed, purpose, a, b).integers(2**32))
+
+
+def resolve_precision(config: TrainerConfig) -> str:
+    """Return Lightning's name of the precision that suits the device.
+
+    Raises:
+        UserError: If the device that was asked for is missing or cannot do it.
+    """
+    gpu = config.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    if config.accelerator == "gpu" and not gpu:
+        raise UserError("trainer.accelerator=gpu, but torch sees no GPU: use auto or cpu.")
+    if config.precision == "16-mixed" and not gpu:
+        raise UserError(
+            "trainer.precision=16-mixed needs a GPU, and torch sees none that it may use: "
+            "use auto, 32 or bf16-mixed."
+        )
+    if config.precision != "auto":
+        return "32-true" if config.precision == "32" else config.precision
+    if not gpu:
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def silence() -> None:
+    """Keep Lightning from repeating its tips, device lines and warnings with every fit."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+
+
+def build_classifier(config: Config, data: PreparedData, genes: Mapping[str, float]) -> Classifier:
+    """Build the classifier of a chromosome with its weights loaded; seed torch before."""
+    model = config.model
+    weights = class_weights(data.train.labels, len(data.classes))
+    classifier = Classifier(
+        network=model.network,
+        genes=dict(genes),
+        classes=list(data.classes),
+        preprocessing={
+            "image_size": config.data.image_size,
+            "mean": list(model.mean),
+            "std": list(model.std),
+        },
+        class_weights=[float(w) for w in weights] if config.data.class_weights else None,
+    )
+    load_weights(classifier.network, model.weights)
+    return classifier
+
+
+def build_data(config: Config, data: PreparedData, seed: int) -> ImageData:
+    """Build the batches of one fit; their order depends on the seed and the epoch."""
+    return ImageData(
+        data,
+        batch_size=config.data.batch_size,
+        augment=config.data.augment,
+        mean=config.model.mean,
+        std=config.model.std,
+        seed=seed,
+    )
+
+
+def build_trainer(
+    config: Config, epochs: int, folder: Path, callbacks: list[Callback], device: int, **more: Any
+) -> lightning.Trainer:
+    """Build a silent Trainer that logs into ``folder`` by the configured logger."""
+    accelerator = config.trainer.accelerator
+    gpu = accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return lightning.Trainer(
+        max_epochs=epochs,
+        accelerator=accelerator,
+        devices=[device] if gpu else 1,
+        precision=resolve_precision(config.trainer),  # type: ignore[arg-type]
+        deterministic=config.trainer.deterministic,
+        logger=instantiate(
+            config.logger, save_dir=str(folder.parent), name="", version=folder.name
+        ),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **more,
+    )
+
+
+class Fitter:
+    """Runs fits one after another, in the process and thread that calls it.
+
+    Args:
+        config: The run's configuration.
+        data: The decoded images.
+        stop: Set to cut the running fit off.
+        device: Index of the GPU to use, where there is one.
+    """
+
+    def __init__(self, config: Config, data: PreparedData, stop: Event, device: int = 0) -> None:
+        self._config, self._data, self._stop, self._device = config, data, stop, device
+
+    def __call__(self, fit: Fit) -> Outcome:
+        """Run one fit.
+
+        Returns:
+            Its outcome. A failure is an outcome too; its traceback goes to
+            ``error.txt`` beside the logs.
+
+        Raises:
+            UserError: If no fit of this run can work, for example because the
+                weights do not fit the network.
+        """
+        try:
+            return self._fit(fit)
+        except UserError:
+            raise
+        except FitStopped:
+            return Outcome(stopped=True)
+        except Diverged as error:
+            return Outcome(error=str(error), diverged=True)
+        except Exception as error:  # whatever one fit meets must not end the search
+            fit.folder.mkdir(parents=True, exist_ok=True)
+            (fit.folder / "error.txt").write_text(traceback.format_exc())
+            return Outcome(error=_reason(error))
+        finally:
+            gc.collect()  # a Trainer and its module refer to each other
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _fit(self, fit: Fit) -> Outcome:
+        started = time.monotonic()
+        torch.manual_seed(fit.seed)
+        classifier = build_classifier(self._config, self._data, fit.genes)
+        trainer = build_trainer(
+            self._config,
+            fit.epochs,
+            fit.folder,
+            [StopOnRequest(self._stop)],
+            self._device,
+            enable_checkpointing=False,
+        )
+        trainer.fit(classifier, datamodule=build_data(self._config, self._data, fit.seed))
+        best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
+        return Outcome(
+            val_loss=best["val_loss"],
+            val_accuracy=best["val_accuracy"],
+            epochs=len(classifier.epochs),
+            duration_s=time.monotonic() - started,
+            trainable_params=classifier.network.n_trainable,
+            total_params=classifier.network.n_parameters,
+        )
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line why a fit failed."""
+    text = str(error).strip()
+    # A CPU's allocator raises a plain RuntimeError.
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in text
+    if no_memory:
+        return "out of memory: lower data.batch_size or data.image_size"
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+class Evaluator(Protocol):
+    """Runs fits somewhere. The driver submits at most `n_free` and waits for any."""
+
+    @property
+    def n_workers(self) -> int:
+        """How many fits run at once."""
+
+    @property
+    def n_free(self) -> int:
+        """How many more fits it takes now."""
+
+    def submit(self, key: int, fit: Fit) -> None:
+        """Start a fit; ``key`` names it in what `wait` returns."""
+
+    def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
+        """Return the fits that have ended, after the first one or ``timeout`` seconds."""
+
+    def close(self) -> None:
+        """Free the workers."""
+
+
+_fitter: Fitter  # of a worker process
+
+
+def _start_worker(config: Config, data: PreparedData, stop: Event, device: int) -> None:
+    global _fitter
+    # Ctrl-C reaches the whole process group; the driver alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _start_thread(config)
+    _fitter = Fitter(config, data, stop, device)
+
+
+def _start_thread(config: Config) -> None:
+    silence()
+    torch.set_num_threads(config.evaluator.threads)
+
+
+def _fit_in_worker(fit: Fit) -> Outcome:
+    return _fitter(fit)
+
+
+class LocalEvaluator:
+    """Runs fits on this machine: one in a thread, or several in processes of their own.
+
+    Each worker is a pool of one, so that one that dies takes no other with it.
+
+    Args:
+        config: The run's configuration.
+        data: The decoded images; workers map the same file.
+        stop: Set to cut the running fits off.
+    """
+
+    def __init__(self, config: Config, data: PreparedData, stop: Event) -> None:
+        self._config, self._data, self._stop = config, data, stop
+        count = config.evaluator.workers
+        self._n_workers = _auto_workers(config) if count == "auto" else int(count)
+        self._pools = [self._pool(worker) for worker in range(self._n_workers)]
+        self._idle = list(range(self._n_workers))
+        self._running: dict[concurrent.futures.Future[Outcome], tuple[int, int, Fit]] = {}
+        self._lost: dict[int, int] = {}  # by key: how often its worker died
+
+    @property
+    def n_workers(self) -> int:
+        """How many fits run at once."""
+        return self._n_workers
+
+    @property
+    def n_free(self) -> int:
+        """How many more fits it takes now."""
+        return len(self._idle)
+
+    def submit(self, key: int, fit: Fit) -> None:
+        """Start a fit on an idle worker."""
+        worker = self._idle.pop(0)
+        run = _fit_in_worker
+        if self._n_workers == 1:
+            run = Fitter(self._config, self._data, self._stop)
+        self._running[self._pools[worker].submit(run, fit)] = (worker, key, fit)
+
+    def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
+        """Return the fits that have ended, after the first one or ``timeout`` seconds.
+
+        Raises:
+            UserError: If a fit says that none can work.
+        """
+        done, _ = concurrent.futures.wait(
+            self._running, timeout, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        ended = []
+        for future in done:
+            worker, key, fit = self._running.pop(future)
+            self._idle.append(worker)
+            try:
+                ended.append((key, future.result()))
+            except BrokenProcessPool:
+                self._pools[worker].shutdown(wait=False)
+                self._pools[worker] = self._pool(worker)
+                self._lost[key] = self._lost.get(key, 0) + 1
+                if self._lost[key] < 2:
+                    self.submit(key, fit)
+                else:
+                    reason = "its worker process died twice, killed perhaps for want of memory"
+                    ended.append((key, Outcome(error=reason)))
+        return sorted(ended, key=lambda pair: pair[0])
+
+    def close(self) -> None:
+        """Cut running fits off and end the workers."""
+        self._stop.set()
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _pool(self, worker: int) -> concurrent.futures.Executor:
+        if self._n_workers == 1:
+            return concurrent.futures.ThreadPoolExecutor(1, "fit", _start_thread, (self._config,))
+        return concurrent.futures.ProcessPoolExecutor(
+            1,
+            multiprocessing.get_context("spawn"),
+            _start_worker,
+            (self._config, self._data, self._stop, worker % max(1, torch.cuda.device_count())),
+        )
+
+
+def _auto_workers(config: Config) -> int:
+    """Return how many fits this machine can run at once: by GPUs or cores, and by memory."""
+    if config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    batch = config.data.batch_size * config.data.image_size**2 * ACTIVATION_BYTES_PER_PIXEL
+    by_memory = psutil.virtual_memory().available / (GIB + batch)
+    return max(1, min((cores or 1) // config.evaluator.threads, math.floor(by_memory)))

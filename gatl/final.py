@@ -1,0 +1,432 @@
+"""The final model: re-evaluate the best, retrain the winner, test it once, save it.
+
+``python -m gatl.final run=FOLDER`` does this for a search that was interrupted.
+"""
+
+import csv
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil  # type: ignore[import-untyped]
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+from sklearn.metrics import (  # type: ignore[import-untyped]
+    confusion_matrix,
+    precision_recall_fscore_support,
+)
+
+from gatl.chromosome import Value
+from gatl.classifier import Classifier, Diverged
+from gatl.cli import compose_resumed, one_line_errors, parse
+from gatl.config import checked
+from gatl.errors import UserError
+from gatl.evaluation import (
+    Fit,
+    FitStopped,
+    StopOnRequest,
+    build_classifier,
+    build_data,
+    build_trainer,
+    fit_seed,
+    resolve_precision,
+)
+from gatl.outcome import Outcome
+from gatl.progress import format_genes
+from gatl.ranking import best_distinct, incumbent
+from gatl.record import outcome_of
+from gatl.session import Session, opened
+from gatl.streams import Purpose
+
+PRINTED_CLASSES = 12
+"""Classes up to which the confusion matrix is printed; it is always saved."""
+
+_PACKAGES = ("gatl", "torch", "torchvision", "lightning", "optuna", "hydra-core", "numpy")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the best chromosomes, evaluated again.
+
+    Attributes:
+        trial: Its best trial.
+        genes: The chromosome by name.
+        val_losses: One for each fresh seed; infinite where the fit failed.
+    """
+
+    trial: FrozenTrial
+    genes: dict[str, Value]
+    val_losses: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean of the losses, by which the winner is chosen."""
+        return statistics.fmean(self.val_losses)
+
+
+class Epochs(Callback):
+    """Prints a line for each epoch of the final training."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch's losses."""
+        epoch = pl_module.epochs[-1]  # type: ignore[index,union-attr]
+        self._console.print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} · train_loss "
+            f"{epoch['train_loss']:.4f} · val_loss {epoch['val_loss']:.4f} · accuracy "
+            f"{epoch['val_accuracy']:.1%}"
+        )
+
+
+def finish(session: Session) -> float:
+    """Make, test and save the final model; returns the search's best val_loss.
+
+    Raises:
+        UserError: If no trial is COMPLETE, or the final training fails.
+        KeyboardInterrupt: If the user stopped it.
+    """
+    started = time.monotonic()
+    record = session.study.get_trials(deepcopy=False)
+    best = incumbent(record)
+    if best is None or best.value is None:
+        raise UserError(
+            f"No trial of {session.folder} completed, so there is no best one: see the column "
+            "error of history.csv."
+        )
+    try:
+        candidates = reevaluate(session, record)
+        winner = min(candidates, key=lambda candidate: candidate.mean)
+        session.evaluator.close()
+        classifier, training = retrain(session, winner.genes)
+    except (FitStopped, KeyboardInterrupt):
+        session.console.print(
+            f"Stopped. Make the final model with  python -m gatl.final run={session.folder}",
+            soft_wrap=True,
+        )
+        raise KeyboardInterrupt from None
+    test, matrix = _test(session, classifier)
+    seconds = session.study.user_attrs.get("seconds", 0.0) + time.monotonic() - started
+    ended = [trial for trial in record if trial.state.is_finished()]
+    result = {
+        "best": {
+            "genes": winner.genes,
+            "val_loss": winner.trial.value,
+            "trial": winner.trial.number,
+        },
+        "test": test,
+        "final": training,
+        "reevaluation": [
+            {"trial": c.trial.number, "genes": c.genes, "val_losses": c.val_losses, "mean": c.mean}
+            for c in candidates
+        ],
+        "trials": len(ended),
+        "evaluations": sum(outcome_of(trial).reused_from is None for trial in ended),
+        "seconds": round(seconds, 1),
+        "seed": session.config.seed,
+        "classes": list(session.data.classes),
+        "precision": resolve_precision(session.config.trainer),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+        "hardware": _hardware(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    _write_json(session.folder / "result.json", result)
+    _show(session, winner, test, matrix)
+    return best.value
+
+
+def reevaluate(session: Session, record: Iterable[FrozenTrial]) -> list[Candidate]:
+    """Evaluate the best distinct chromosomes again, each with fresh seeds.
+
+    The search's own score does not count: the best of many is the luckiest too.
+    What was evaluated before an interruption is read back.
+    """
+    config = session.config
+    complete = [trial for trial in record if trial.state is TrialState.COMPLETE]
+    best = best_distinct(complete, config.space, config.final.top_k)
+    fits = [
+        Fit(
+            genes=(genes := config.space.to_dict(chromosome)),
+            epochs=config.trainer.max_epochs,
+            seed=fit_seed(config.seed, Purpose.REEVALUATION, genes, index),
+            folder=session.folder / "final" / f"trial_{trial.number}_seed_{index}",
+        )
+        for chromosome, trial in best.items()
+        for index in range(config.final.seeds)
+    ]
+    session.console.print(
+        f"Evaluating the best {len(best)} again, with {config.final.seeds} fresh seeds each ..."
+    )
+    losses = _evaluate_all(session, fits)
+    k = config.final.seeds
+    candidates = [
+        Candidate(trial, config.space.to_dict(chromosome), tuple(losses[i * k : (i + 1) * k]))
+        for i, (chromosome, trial) in enumerate(best.items())
+    ]
+    for c in candidates:
+        sd = f" ± {statistics.stdev(c.val_losses):.4f}" if k > 1 else ""
+        session.console.print(
+            f"trial {c.trial.number} · {format_genes(c.genes)} · val_loss {c.mean:.4f}{sd}",
+            soft_wrap=True,
+        )
+    return candidates
+
+
+def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
+    """Return the val_loss of each fit; keeps a file of them, which an interrupted run reads back."""
+    path = session.folder / "final" / "reevaluation.json"
+    path.parent.mkdir(exist_ok=True)
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    waiting = [i for i, fit in enumerate(fits) if str(fit.seed) not in known]
+    running = 0
+    while waiting or running:
+        while waiting and session.evaluator.n_free and not session.stop.is_set():
+            session.evaluator.submit(waiting[0], fits[waiting[0]])
+            waiting.pop(0)
+            running += 1
+        if not running:
+            raise FitStopped
+        for i, outcome in session.evaluator.wait(timeout=0.2):
+            running -= 1
+            if not outcome.stopped:
+                known[str(fits[i].seed)] = outcome.to_json()
+                _write_json(path, known)
+    outcomes = [Outcome(**known[str(fit.seed)]) for fit in fits]
+    return [float("inf") if o.val_loss is None else o.val_loss for o in outcomes]
+
+
+def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, dict[str, Any]]:
+    """Train the winner for longer, with early stopping; keep its best epoch in ``best.ckpt``.
+
+    All cores take part, since no other fit runs.
+
+    Returns:
+        The classifier of the best epoch, and what there is to say of the training.
+
+    Raises:
+        UserError: If it diverged.
+        FitStopped: If the user stopped it.
+    """
+    config, folder = session.config, session.folder
+    session.console.print(
+        f"Retraining the winner ({format_genes(genes)}) for up to {config.final.max_epochs} "
+        "epochs ...",
+        soft_wrap=True,
+    )
+    started = time.monotonic()
+    torch.set_num_threads(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    seed = fit_seed(config.seed, Purpose.FINAL, genes)
+    torch.manual_seed(seed)
+    classifier = build_classifier(config, session.data, genes)
+    checkpoint = ModelCheckpoint(
+        folder,
+        "best",
+        monitor="val_loss",
+        save_weights_only=True,
+        enable_version_counter=False,
+    )
+    callbacks: list[Callback] = [
+        StopOnRequest(session.stop),
+        EarlyStopping("val_loss", patience=config.final.patience),
+        checkpoint,
+        Epochs(session.console),
+    ]
+    trainer = build_trainer(config, config.final.max_epochs, folder / "final" / "fit", callbacks, 0)
+    try:
+        trainer.fit(classifier, datamodule=build_data(config, session.data, seed))
+    except Diverged as error:
+        raise UserError(f"The final training {error}; narrow space.learning_rate.") from error
+    curve = classifier.epochs
+    _write_csv(
+        folder / "final" / "learning_curve.csv",
+        ("epoch", *curve[0]),
+        ((i + 1, *epoch.values()) for i, epoch in enumerate(curve)),
+    )
+    best = min(range(len(curve)), key=lambda i: curve[i]["val_loss"])
+    loaded = Classifier.load_from_checkpoint(folder / "best.ckpt", weights_only=True)
+    return loaded, {
+        "epochs": len(curve),
+        "best_epoch": best + 1,
+        **{name: curve[best][name] for name in ("val_loss", "val_accuracy")},
+        "trainable_params": classifier.network.n_trainable,
+        "total_params": classifier.network.n_parameters,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _test(
+    session: Session, classifier: Classifier
+) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """Test the final model on the images that nothing before has seen."""
+    config, data, folder = session.config, session.data, session.folder / "final"
+    trainer = build_trainer(config, 1, folder / "test", [], 0, enable_checkpointing=False)
+    trainer.test(classifier, datamodule=build_data(config, data, 0), verbose=False)
+    logits = torch.cat(classifier.test_logits)
+    labels = data.test.labels
+    probability, predicted = (x.numpy() for x in logits.softmax(1).max(1))
+    classes = data.classes
+    _write_csv(
+        folder / "predictions.csv",
+        ("image", "label", "predicted", "probability"),
+        zip(
+            data.test.names,
+            (classes[i] for i in labels),
+            (classes[i] for i in predicted),
+            (f"{p:.6f}" for p in probability),
+            strict=True,
+        ),
+    )
+    index = list(range(len(classes)))
+    matrix = confusion_matrix(labels, predicted, labels=index)
+    _write_csv(
+        folder / "confusion_matrix.csv",
+        ("label", *classes),
+        ((name, *row) for name, row in zip(classes, matrix, strict=True)),
+    )
+    return measure(logits, labels, classes), matrix
+
+
+def measure(
+    logits: torch.Tensor, labels: npt.NDArray[np.int64], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the figures of a test.
+
+    Args:
+        logits: Shape (N, n_classes).
+        labels: Shape (N,).
+        classes: The names of the classes.
+
+    Returns:
+        `loss` (mean cross-entropy in nats), `accuracy` with `accuracy_ci95` (Wilson
+        1927), `f1_macro`, `n`, and `per_class`.
+    """
+    predicted = logits.argmax(1).numpy()
+    index = list(range(len(classes)))
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, predicted, labels=index, zero_division=0
+    )
+    right = int((predicted == labels).sum())
+    interval = binomtest(right, len(labels)).proportion_ci(0.95, method="wilson")
+    return {
+        "loss": float(F.cross_entropy(logits, torch.from_numpy(labels))),
+        "accuracy": right / len(labels),
+        "accuracy_ci95": [float(interval.low), float(interval.high)],
+        "f1_macro": float(np.mean(f1)),
+        "n": len(labels),
+        "per_class": [
+            {
+                "class": name,
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "n": int(support[i]),
+            }
+            for i, name in enumerate(classes)
+        ],
+    }
+
+
+def _show(
+    session: Session, winner: Candidate, test: Mapping[str, Any], matrix: npt.NDArray[np.int64]
+) -> None:
+    """Print what was found, in a sentence and in tables."""
+    console, genes = session.console, winner.genes
+    table = Table("class", box=None, pad_edge=False, header_style="bold")
+    for column in ("precision", "recall", "F1", "images"):
+        table.add_column(column, justify="right")
+    for row in test["per_class"]:
+        figures = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
+        table.add_row(_plain(row["class"]), *figures, str(row["n"]))
+    console.print(table)
+    if len(matrix) <= PRINTED_CLASSES:
+        table = Table("is \\ taken for", box=None, pad_edge=False, header_style="bold")
+        for name in session.data.classes:
+            table.add_column(_plain(name), justify="right")
+        for name, counts in zip(session.data.classes, matrix, strict=True):
+            table.add_row(_plain(name), *map(str, counts))
+        console.print(table)
+    low, high = test["accuracy_ci95"]
+    frozen = int(genes["frozen_layers"])
+    console.print(
+        f"Found: the first {genes['included_layers']} of {session.config.model.n_layers} layers, "
+        + (f"{frozen} of them frozen" if frozen else "nothing frozen")
+        + f", learning rate {genes['learning_rate']:.2g}, dropout {genes['dropout']:.2f}. "
+        f"Of {test['n']} images that nothing before has seen, {test['accuracy']:.1%} are "
+        f"classified right (95% interval {low:.1%} to {high:.1%}).",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Model: {session.folder / 'best.ckpt'} · all figures: {session.folder / 'result.json'} · "
+        f"every trial: {session.folder / 'history.csv'}",
+        soft_wrap=True,
+    )
+
+
+def _plain(name: str) -> str:
+    """Keep rich from reading markup in a class's name."""
+    return name.replace("[", "\\[")
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, indent=2, default=float) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def main() -> None:
+    """Make the final model of a run folder."""
+    with one_line_errors():
+        words = {o.key_or_group: o for o in parse(sys.argv[1:])}
+        if "run" not in words:
+            raise UserError("Give the run folder: python -m gatl.final run=outputs/DATE/TIME")
+        folder = Path(str(words.pop("run").value()))
+        others = [override.input_line or "" for override in words.values()]
+        config = checked(compose_resumed(folder, others))
+        console = Console(highlight=False)
+        with opened(config, folder, console) as session:
+            finish(session)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,47 @@
+"""What one evaluation yields, as plain data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def fitness(val_loss: float) -> float:
+    """Return the fitness, -val_loss: higher is better. The one place that negates."""
+    return -val_loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one fit, or why there is none.
+
+    Attributes:
+        val_loss: Lowest mean cross-entropy over the validation split of the
+            fit's epochs, in nats; None if the evaluation failed.
+        val_accuracy: Accuracy in [0, 1] at that epoch.
+        epochs: Epochs that the fit finished.
+        duration_s: Seconds, from building the network to the last epoch.
+        trainable_params: Parameters that the optimizer moved.
+        total_params: Parameters of the network.
+        error: Why the evaluation failed, in one line; None if it did not.
+        diverged: Whether it failed because a loss was not finite. Such a result
+            is as final as a loss; other failures may pass.
+        stopped: Whether the fit was cut off on request; it has no result then.
+        reused_from: The number of the trial whose result this is, if it was not
+            evaluated again.
+    """
+
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    epochs: int = 0
+    duration_s: float = 0.0
+    trainable_params: int | None = None
+    total_params: int | None = None
+    error: str | None = None
+    diverged: bool = False
+    stopped: bool = False
+    reused_from: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the study keeps, as JSON data."""
+        kept = asdict(self)
+        del kept["stopped"]  # a fit that was cut off is not told
+        return kept

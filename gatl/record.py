@@ -1,0 +1,176 @@
+"""The record of a search: an Optuna study in the run folder, and ``history.csv``.
+
+One driver holds the run folder. Only then may it mend what a killed one left:
+a stale lock of the journal, and a last line that is torn.
+"""
+
+import contextlib
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from gatl.errors import UserError
+from gatl.outcome import Outcome, fitness
+
+JOURNAL = "study.journal"
+HISTORY = "history.csv"
+OUTCOME = "outcome"  # the trial's user attribute
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run folder for one driver; the kernel frees it however that ends.
+
+    Raises:
+        UserError: If another process holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder} is in use by another run: wait for its end, or stop it with Ctrl-C."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _mend(journal: Path) -> None:
+    """Remove a dead driver's journal lock and cut off a torn last line.
+
+    A torn line can still be read past, but the next write would fuse with it,
+    and then the journal no longer opens.
+    """
+    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
+    if not journal.exists():
+        return
+    with journal.open("r+b") as file:
+        content = file.read()
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            file.truncate(end)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    """Open the study of a run folder that this process holds, or create it.
+
+    Args:
+        folder: The run folder, see `held`.
+        sampler: The search strategy.
+
+    Returns:
+        The study ``gatl``; it minimises val_loss.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = folder / JOURNAL
+    _mend(journal)
+    try:
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        return optuna.create_study(
+            storage=storage,
+            study_name="gatl",
+            sampler=sampler,
+            pruner=optuna.pruners.NopPruner(),
+            direction="minimize",
+            load_if_exists=True,
+        )
+    except ValueError as error:
+        raise UserError(f"{journal} is damaged: {error}; restore it from a copy.") from error
+
+
+def tell(study: optuna.Study, number: int, outcome: Outcome) -> FrozenTrial:
+    """End a trial in the study: COMPLETE with its val_loss, or FAIL with its reason."""
+    trial = study.get_trials(deepcopy=False)[number]
+    # The attribute first: a kill between the two leaves the trial RUNNING, to be evaluated again.
+    study._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.to_json())
+    if outcome.val_loss is None:
+        return study.tell(number, state=TrialState.FAIL)
+    return study.tell(number, outcome.val_loss)
+
+
+def outcome_of(trial: FrozenTrial) -> Outcome:
+    """Return the recorded outcome of a trial that has ended."""
+    return Outcome(**trial.user_attrs.get(OUTCOME, {}))
+
+
+class History:
+    """``history.csv``: a row for each ended trial, in the order of their numbers.
+
+    A row is written as soon as every lower number has its own; so the file only
+    grows at its end. It is written anew from the study whenever it is opened.
+
+    Args:
+        folder: The run folder.
+        genes: The names of the genes, a column each.
+    """
+
+    def __init__(self, folder: Path, genes: Sequence[str]) -> None:
+        self._path = folder / HISTORY
+        self._genes = tuple(genes)
+        self._rows = 0
+        self._path.unlink(missing_ok=True)
+        self._append([self.columns])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The header."""
+        results = "val_loss fitness val_accuracy epochs duration_s trainable_params total_params"
+        return (
+            *("number", "generation", "state"),
+            *self._genes,
+            *results.split(),
+            *("reused_from", "error"),
+        )
+
+    def update(
+        self, trials: Sequence[FrozenTrial], generation: Callable[[int], int | None]
+    ) -> None:
+        """Append the rows that are due.
+
+        Args:
+            trials: All trials of the study, by number.
+            generation: From a number to the generation, where the strategy has any.
+        """
+        due = []
+        for trial in trials[self._rows :]:
+            if trial.state not in ENDED:
+                break
+            due.append(self._row(trial, generation(trial.number)))
+        self._append(due)
+        self._rows += len(due)
+
+    def _row(self, trial: FrozenTrial, generation: int | None) -> tuple[object, ...]:
+        outcome = outcome_of(trial)
+        return (
+            *(trial.number, generation, trial.state.name),
+            *(trial.params.get(gene) for gene in self._genes),
+            outcome.val_loss,
+            None if outcome.val_loss is None else fitness(outcome.val_loss),
+            outcome.val_accuracy,
+            outcome.epochs,
+            round(outcome.duration_s, 3),
+            outcome.trainable_params,
+            outcome.total_params,
+            outcome.reused_from,
+            outcome.error,
+        )
+
+    def _append(self, rows: Sequence[Sequence[object]]) -> None:
+        if rows:
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text.getvalue())

@@ -1,0 +1,1 @@
+"""The operators of evolutionary search: pure functions, one a file."""

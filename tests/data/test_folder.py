@@ -1,0 +1,130 @@
+"""Layouts of a user's folder, and what is said about those that are wrong."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gatl.data.folder import load
+from gatl.data.splits import complete_splits
+from gatl.errors import UserError
+
+
+def put(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        else:
+            Image.new("RGB", (4, 4)).save(path, "PNG")
+
+
+def put_classes(root: Path, *folders: str, classes: Sequence[str] = ("a", "b")) -> None:
+    put(
+        root,
+        *(f"{folder}/{label}/{i}.png" for folder in folders for label in classes for i in "012"),
+    )
+
+
+def test_bare_folder(tmp_path: Path) -> None:
+    put(tmp_path, "b/2.png", "b/1.JPG", "b/deep/er/3.webp", "a/z.jpeg", "a/y.tiff")
+    put(tmp_path, "a/.hidden.png", ".cache/x.png", "a/.thumbs/x.png", "a/notes.txt", "loose.png")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b" / "deep")
+    source = load(str(tmp_path))
+    assert source.classes == ("a", "b")
+    assert list(source.train.names) == [
+        "a/link/er/3.webp",
+        "a/y.tiff",
+        "a/z.jpeg",
+        "b/1.JPG",
+        "b/2.png",
+        "b/deep/er/3.webp",
+    ]
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert source.train.labels.dtype == np.int64
+    assert source.train.images == [tmp_path / name for name in source.train.names]
+    assert source.val is None
+    assert source.test is None
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_split_folders(tmp_path: Path, val: str) -> None:
+    put_classes(tmp_path, "train", val, "test")
+    source = load(str(tmp_path))
+    assert source.val is not None
+    assert source.test is not None
+    assert [s.names[0] for s in (source.train, source.val, source.test)] == [
+        "train/a/0.png",
+        f"{val}/a/0.png",
+        "test/a/0.png",
+    ]
+    assert complete_splits(source, 0) is source
+
+
+@pytest.mark.parametrize("others", [(), ("val",), ("test",)])
+def test_partial_layouts_are_completed(tmp_path: Path, others: tuple[str, ...]) -> None:
+    put_classes(tmp_path, "train", *others)
+    source = load(str(tmp_path))
+    assert [source.val is None, source.test is None] == [n not in others for n in ("val", "test")]
+    completed = complete_splits(source, 0)
+    assert sum(len(s) for s in (completed.train, completed.val, completed.test) if s) == (
+        6 * (1 + len(others))
+    )
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    put(tmp_path, "train/1.png", "car/1.png", "plane/1.png")
+    assert load(str(tmp_path)).classes == ("car", "plane", "train")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put_classes(tmp_path, "photos")
+    assert load("~/photos").classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("names", "root", "message"),
+    [
+        ((), "gone", "data.root={root} does not exist; give a folder with one folder a class."),
+        (("x.png",), "x.png", "data.root={root} is no folder; give a folder with one folder a"),
+        (("x.png",), "", "{root} must hold a folder for each of 2 or more classes: none."),
+        (("a/x.png",), "", "{root} must hold a folder for each of 2 or more classes: only 'a'."),
+        (("train/a/x.png",), "", "{root}/train must hold a folder for each of 2 or more classes"),
+        (("a/", "b/"), "", "{root} holds no images; files that end in .apng, "),
+        (("a/1.png", "b/"), "", "{root}/b holds no images; add some or remove the folder."),
+        (
+            ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"),
+            "",
+            "{root}: the classes of test and train must be the same, but test has no folder 'b'.",
+        ),
+        (
+            ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png", "val/c/1.png"),
+            "",
+            "{root}: the classes of val and train must be the same, but train has no folder 'c'.",
+        ),
+        (("val/a/1.png", "test/a/1.png"), "", "{root} holds test and val, but no folder 'train'."),
+        (
+            ("train/a/1.png", "test/a/1.png", "more/1.png"),
+            "",
+            "{root} holds test and train, so 'more' must not be there.",
+        ),
+        (
+            ("train/a/1.png", "val/a/1.png", "valid/a/1.png"),
+            "",
+            "{root} must hold one validation folder, but got train, val, valid.",
+        ),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, names: tuple[str, ...], root: str, message: str
+) -> None:
+    put(tmp_path, *names)
+    path = str(tmp_path / root)
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(caught.value).startswith(message.format(root=path))
+    assert "\n" not in str(caught.value)

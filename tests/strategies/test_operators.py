@@ -1,0 +1,109 @@
+"""The operators: inside the space always, and in distribution what DEAP's are."""
+
+import random
+from collections import Counter
+from collections.abc import Hashable, Iterable
+
+import numpy as np
+import pytest
+from deap import tools  # type: ignore[import-untyped]
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats  # type: ignore[import-untyped]
+
+from gatl.chromosome import Gene, SearchSpace
+from gatl.strategies.operators.crossover import two_point_crossover
+from gatl.strategies.operators.mutation import mutate
+from gatl.strategies.operators.tournament import tournament
+
+
+def p_same(ours: Iterable[Hashable], theirs: Iterable[Hashable]) -> float:
+    """Return the p-value of both samples coming from one distribution."""
+    a, b = Counter(ours), Counter(theirs)
+    outcomes = list(a | b)
+    if len(outcomes) == 1:
+        return 1.0
+    table = [[counts[outcome] for outcome in outcomes] for counts in (a, b)]
+    return float(stats.chi2_contingency(table).pvalue)
+
+
+class _Ranked:
+    """An individual as DEAP compares it: by its fitness."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.fitness = -rank
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 1), (10, 2), (7, 3), (5, 12), (1, 2)])
+def test_tournament_selects_as_deap_does(n: int, size: int) -> None:
+    rng = np.random.default_rng(n * size)
+    random.seed(size)
+    ours = [tournament(n, size, rng) for _ in range(20_000)]
+    individuals = [_Ranked(rank) for rank in range(n)]
+    theirs = [one.rank for one in tools.selTournament(individuals, 20_000, size)]
+    assert set(ours) <= set(range(n))
+    assert p_same(ours, theirs) > 1e-3
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6])
+def test_crossover_makes_the_pairs_that_deap_makes(n: int) -> None:
+    rng = np.random.default_rng(n)
+    random.seed(n)
+    a, b = tuple(range(n)), tuple(range(10, 10 + n))
+    ours = [frozenset(two_point_crossover(a, b, rng)) for _ in range(12_000)]
+    theirs = [
+        frozenset(tuple(child) for child in tools.cxTwoPoint(list(a), list(b)))
+        for _ in range(12_000)
+    ]
+    assert len(set(ours)) == n * (n - 1) // 2  # every pair of a ring's gaps
+    assert p_same(ours, theirs) > 1e-3
+
+
+def test_crossover_of_one_gene_returns_the_parents() -> None:
+    assert two_point_crossover((1,), (2,), np.random.default_rng(0)) == ((1,), (2,))
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.25, 1.0])
+def test_mutation_redraws_each_gene_as_deap_does(prob: float) -> None:
+    space = SearchSpace((Gene("included_layers", 20, 24), Gene("frozen_layers", 0, 3)))
+    rng = np.random.default_rng(5)
+    random.seed(5)
+    ours = [mutate((22, 1), space, prob, rng) for _ in range(10_000)]
+    theirs = [tuple(tools.mutUniformInt([22, 1], [20, 0], [24, 3], prob)[0]) for _ in range(10_000)]
+    assert p_same(ours, theirs) > 1e-3  # jointly: the genes are hit independently
+
+
+def test_mutation_rate_is_per_gene(space: SearchSpace) -> None:
+    rng = np.random.default_rng(6)
+    start = (58, 0, 1e-3, 0.5)
+    children = [mutate(start, space, 0.3, rng) for _ in range(10_000)]
+    for index, same in ((2, 0.0), (3, 0.0), (0, 1 / 58), (1, 1 / 19)):
+        changed = sum(child[index] != start[index] for child in children)
+        assert stats.binomtest(changed, 10_000, 0.3 * (1 - same)).pvalue > 1e-3
+
+
+@given(data=st.data())
+def test_children_are_inside_the_space(
+    spaces: st.SearchStrategy[SearchSpace], data: st.DataObject
+) -> None:
+    space = data.draw(spaces)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    a, b = space.draw(rng), space.draw(rng)
+    crossed = two_point_crossover(a, b, rng)
+    for genes in zip(a, b, *crossed, strict=True):
+        assert sorted(genes[:2]) == sorted(genes[2:])  # nothing lost, nothing new
+    for child in crossed:
+        mutant = mutate(child, space, data.draw(st.floats(0, 1)), rng)
+        assert mutant == space.repair(mutant)
+        for gene, value in zip(space.genes, mutant, strict=True):
+            assert type(value) is gene.kind
+            assert gene.low <= value <= gene.high
+
+
+def test_a_fixed_gene_never_changes() -> None:
+    space = SearchSpace(
+        (Gene("included_layers", 9, 58), Gene("frozen_layers", 9, 9), Gene("dropout", 0.5, 0.5))
+    )
+    rng = np.random.default_rng(7)
+    assert {mutate((58, 9, 0.5), space, 1.0, rng)[1:] for _ in range(300)} == {(9, 0.5)}
