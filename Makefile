@@ -3,8 +3,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all lint format clean
 
-PYTHON ?= python3  # makes the environment; at least 3.11
-JOBS ?= 2  # tests at once
+# What makes the environment: at least Python 3.11.
+PYTHON ?= python3
+# Tests at once; each with one thread, so that they do not fight for cores.
+JOBS ?= 2
 
 BIN := .venv/bin
 READY := .venv/.ready

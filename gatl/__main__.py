@@ -74,7 +74,7 @@ def main() -> None:
     """Check the command line as far as it can be, then hand it to Hydra."""
     args = get_args_parser().parse_args()
     resumed = [word for word in args.overrides if word.startswith("resume=")]
-    informative = args.help or args.hydra_help or args.version or args.shell_completion
+    informative = args.help or args.hydra_help or args.shell_completion
     with one_line_errors():
         if not (informative or args.cfg or args.info):
             if resumed:

@@ -261,7 +261,7 @@ class Evaluator(Protocol):
         """Return the fits that have ended, after the first one or ``timeout`` seconds."""
 
     def close(self) -> None:
-        """Free the workers."""
+        """Free the workers, once their fits have ended."""
 
 
 _fitter: Fitter  # of a worker process
@@ -350,8 +350,7 @@ class LocalEvaluator:
         return sorted(ended, key=lambda pair: pair[0])
 
     def close(self) -> None:
-        """Cut running fits off and end the workers."""
-        self._stop.set()
+        """End the workers, once their fits have ended: set ``stop`` to make that soon."""
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -87,7 +87,7 @@ class Epochs(Callback):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's losses."""
         epoch = pl_module.epochs[-1]  # type: ignore[index,union-attr]
         self._console.print(

@@ -93,6 +93,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             try:
                 yield Session(config, folder, data, strategy, study, evaluator, console, stop)
             finally:
+                stop.set()
                 evaluator.close()
         finally:
             shutil.rmtree(images, ignore_errors=True)
