@@ -18,9 +18,15 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gatl.chromosome import KNOWN_GENES
 from gatl.errors import UserError
@@ -32,14 +38,18 @@ CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final")
 def one_line_errors() -> Iterator[None]:
     """Print a `UserError` as one line and exit with status 1.
 
-    With the environment variable ``HYDRA_FULL_ERROR=1`` the traceback is shown.
+    So too what Hydra says when a `_target_` of the configuration cannot be
+    called. With the environment variable ``HYDRA_FULL_ERROR=1`` the traceback is
+    shown.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, InstantiationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.stderr.write("gatl: " + " ".join(str(error).split()) + "\n")
+        # What a target raises, Hydra wraps.
+        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+        sys.stderr.write("gatl: " + " ".join(str(cause).split()) + "\n")
         sys.exit(1)
 
 
@@ -55,32 +65,56 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: If Hydra cannot compose it; names the nearest valid key.
     """
-    parse(overrides)
+    parsed = parse(overrides)
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_module("gatl.conf", version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            for override in parsed:
+                _require_one_value(override)
+                key, value = override.key_or_group, override.value()
+                options = loader.get_group_options(key)
+                if options and not isinstance(value, str | list | dict) and not override.is_delete():
+                    raise UserError(f"{key} must be one of {', '.join(options)}, but got {value}.")
             return hydra.compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
-    except ValueError as error:  # what Hydra raises for a group that is given no name
-        raise UserError(f"{' '.join(overrides)}: {error}") from error
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides; a syntax error is a `UserError`."""
-    try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise UserError(
-            f"{error.override!r} is no override: write KEY=VALUE, and quote what the shell or "
-            "Hydra takes apart (see python -m gatl --help)."
-        ) from error
+    parser = OverridesParser.create()
+    parsed: list[Override] = []
+    for line in overrides:
+        try:
+            parsed += parser.parse_overrides([line])
+        except HydraException as error:
+            raise UserError(
+                f"{line!r} is no override: write KEY=VALUE; a value with blanks, brackets or "
+                "letters beyond a to z needs quotes of its own, as in 'data.root=\"my photos\"'."
+            ) from error
+        if not parsed[-1].key_or_group:
+            raise UserError(f"{line!r} is no override: write KEY=VALUE.")
     return parsed
 
 
 def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of every job of a multirun, as Hydra's own sweeper makes them."""
-    batches = BasicSweeper.split_arguments(parse(overrides), max_batch_size=None)
+    """Return the overrides of every job of a multirun, as Hydra's own sweeper makes them.
+
+    What only another sweeper can draw from, such as ``interval(0, 1)``, is left
+    out: it is checked when its job starts.
+
+    Raises:
+        UserError: If an override cannot be parsed, or no sweeper is there to draw from it.
+    """
+    parsed = parse(overrides)
+    drawn = [o for o in parsed if o.is_sweep_override() and not o.is_discrete_sweep()]
+    if drawn and not any(o.key_or_group == "hydra/sweeper" for o in parsed):
+        raise UserError(
+            f"{drawn[0].input_line} needs another sweeper than Hydra's own (hydra/sweeper=NAME); "
+            "list the values instead, as in seed=1,2,3."
+        )
+    batches = BasicSweeper.split_arguments([o for o in parsed if o not in drawn], None)
     return [list(job) for batch in batches for job in batch]
 
 
@@ -100,47 +134,64 @@ def compose_resumed(folder: Path, overrides: Sequence[str]) -> DictConfig:
     path = folder / ".hydra" / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no .hydra/config.yaml.")
-    config = OmegaConf.load(path)
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is no configuration.")
     OmegaConf.set_struct(config, True)
     for override in parse(overrides):
-        key = override.key_or_group
-        group = key.partition(".")[0]
-        if group not in CHANGEABLE_ON_RESUME or override.is_add() or override.is_delete():
+        key, line = override.key_or_group, override.input_line
+        if key.partition(".")[0] not in CHANGEABLE_ON_RESUME or override.is_delete():
             raise UserError(
-                f"{override.input_line} cannot change on resume, because the finished search must "
-                f"be the same; only {', '.join(CHANGEABLE_ON_RESUME)} can."
+                f"{line} cannot change on resume, because the finished search must be the same; "
+                f"only {', '.join(CHANGEABLE_ON_RESUME)} can."
             )
-        changed = compose([override.input_line or ""])
-        value = OmegaConf.select(changed, key)
+        _require_one_value(override)
+        value = override.value()
         try:
-            OmegaConf.update(config, key, value, merge=False)
+            if isinstance(value, str) and key in CHANGEABLE_ON_RESUME:  # the choice of a group
+                OmegaConf.update(config, key, compose([line or ""])[key], merge=False)
+            else:
+                OmegaConf.update(config, key, value, force_add=override.is_add())
         except OmegaConfBaseException as error:
-            raise UserError(_explain(error)) from error
+            raise UserError(_no_setting(str(error.full_key))) from error
     return config
+
+
+def _require_one_value(override: Override) -> None:
+    if override.is_sweep_override():
+        raise UserError(
+            f"{override.input_line} gives several values: sweep over them with python -m gatl -m, "
+            "or write one list as [a,b]."
+        )
 
 
 def _explain(error: Exception) -> str:
     """Say in one line what was wrong with an override, and the nearest thing that is right."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        options = sorted(option for option in error.options if not option.startswith("_"))
+        options = sorted(error.options)
         return f"{group}={choice} is no choice{_nearest(choice, options)}; there are: " + ", ".join(
             options
         )
-    text = str(error)
-    match = re.search(r"Could not (?:override|append to config. An item is already at) '(.+?)'", text)
-    if match is None:
-        return text.strip().splitlines()[0]
-    key = match.group(1).split("@")[0]
-    if "No match in the defaults list" in text or "An item is already at" not in text:
-        gene = re.fullmatch(r"space\.(\w+)(\..*)?", key)
-        if gene and gene.group(1) in KNOWN_GENES:
-            name = gene.group(1)
-            return f"{key}: add the gene whole, +space.{name}={{low: LOW, high: HIGH}}."
-        return f"{key} is no setting{_nearest(key, _valid_keys())}; see python -m gatl --help."
-    return f"{key} is set already: leave out the +."
+    text = str(error).strip()
+    if match := re.match(r"(?:.*already at '|Multiple values for )([\w.@/]*\w)", text):
+        return f"{match[1]} is set already: leave out the +."
+    if match := re.match(r"Could not override '(.+)'", text):
+        return _no_setting(getattr(error.__cause__, "full_key", None) or match[1])
+    first = text.splitlines()[0]
+    return f"{first}: {str(error.__cause__).splitlines()[0]}" if error.__cause__ else first
+
+
+def _no_setting(key: str) -> str:
+    """Say that there is no such key, and which one is near."""
+    gene = re.fullmatch(r"space\.(\w+)(\..*)?", key)
+    if gene and gene[1] in KNOWN_GENES:
+        return f"{key}: add the gene whole, +space.{gene[1]}={{low: LOW, high: HIGH}}."
+    near = "" if key.startswith("hydra.") else _nearest(key, _valid_keys())
+    return f"{key} is no setting{near}; see python -m gatl --help."
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

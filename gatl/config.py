@@ -8,12 +8,12 @@ imports no torch, so that a typing error costs no start-up time.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from gatl.chromosome import KNOWN_GENES, Gene, SearchSpace
 from gatl.errors import UserError
@@ -23,8 +23,23 @@ GROUPS = ("data", "model", "space", "search", "ga", "trainer", "evaluator", "log
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 SE_CHOICES = {"placement": ("block", "layer", "none"), "init": ("identity", "kaiming")}
 AUGMENTATIONS = ("none", "flip", "crop_flip", "trivial")
+MAX_PARALLEL = 1024
+"""Workers, or threads of one, that a machine may be asked for; a slip of the hand exceeds it."""
 T = TypeVar("T")
-_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_TIME = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
+_KINDS = {
+    int: "a whole number",
+    int | None: "a whole number or null",
+    float: "a number",
+    float | None: "a number or null",
+    bool: "true or false",
+    str: "a text",
+    str | None: "a text or null",
+    list[float]: "a list of numbers",
+    dict[str, Any]: "a group of settings",
+    dict[str, str]: "a group of texts",
+}
+"""How messages call the types of the settings."""
 
 
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:
@@ -45,12 +60,22 @@ def _require_choice(key: str, value: str, choices: Sequence[str]) -> None:
     _require(value in choices, key, value, "one of " + ", ".join(choices))
 
 
+def _require_target(key: str, node: Mapping[str, Any]) -> None:
+    target = node.get("_target_")
+    _require(
+        isinstance(target, str) and target != "",
+        f"{key}._target_",
+        target,
+        "the dotted name of a class or function",
+    )
+
+
 def parse_seconds(text: str) -> float:
-    """Parse a duration such as ``90s``, ``15m``, ``2h``, ``1d``, ``1h30m`` or ``90``.
+    """Parse a duration such as ``90s``, ``15m``, ``1.5h``, ``1d``, ``1h30m`` or ``90``.
 
     Args:
-        text: Days, hours, minutes and seconds in this order, each optional; a
-            number without a unit is seconds.
+        text: Days, hours, minutes and seconds in this order, each optional, each
+            perhaps with decimals; a number without a unit at the end is seconds.
 
     Returns:
         Seconds, greater than 0.
@@ -62,7 +87,9 @@ def parse_seconds(text: str) -> float:
     numbers = [float(group or 0) for group in match.groups()] if match else [0.0]
     seconds = sum(n * unit for n, unit in zip(numbers, (86400, 3600, 60, 1), strict=False))
     if seconds <= 0:
-        raise UserError(f"budget.time must be a duration such as 90s, 15m or 2h, but got {text!r}.")
+        raise UserError(
+            f"budget.time must be a duration such as 90s, 15m, 2h or 1h30m, but got {text!r}."
+        )
     return seconds
 
 
@@ -92,6 +119,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        _require_target("data.source", self.source)
+        if "root" in self.source and not self.source["root"]:
+            raise UserError(f"data.root is required with data={self.name}: give data.root=PATH.")
         _require_range("data.image_size", self.image_size, 1, 4096)
         _require_range("data.batch_size", self.batch_size, 2)
         _require_range("data.split_seed", self.split_seed, 0, 2**32, open_high=True)
@@ -117,17 +147,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        _require_target("model.network", self.network)
         _require_range("model.n_layers", self.n_layers, 1)
         _require_range("model.n_freezable", self.n_freezable, 0, self.n_layers)
+        _require_range("model.min_image_size", self.min_image_size, 1)
         _require_range("model.image_size", self.image_size, self.min_image_size)
         _require_choice("model.dropout_at", self.dropout_at, ("head", "layers"))
         for name, value in self.se.items():
             _require_choice("model.se", name, tuple(SE_CHOICES))
             _require_choice(f"model.se.{name}", value, SE_CHOICES[name])
-        _require(len(self.mean) == 3, "model.mean", self.mean, "three numbers")
-        _require(
-            len(self.std) == 3 and min(self.std) > 0, "model.std", self.std, "three numbers above 0"
-        )
+        finite = len(self.mean) == 3 and all(map(math.isfinite, self.mean))
+        _require(finite, "model.mean", self.mean, "three numbers")
+        positive = len(self.std) == 3 and all(0 < value < math.inf for value in self.std)
+        _require(positive, "model.std", self.std, "three numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -184,9 +216,12 @@ class EvaluatorConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        valid = self.workers == "auto" or (self.workers.isdecimal() and int(self.workers) >= 1)
-        _require(valid, "evaluator.workers", self.workers, "auto or a whole number of at least 1")
-        _require_range("evaluator.threads", self.threads, 1)
+        valid = self.workers == "auto" or (
+            self.workers.isdecimal() and 1 <= int(self.workers) <= MAX_PARALLEL
+        )
+        allowed = f"auto or a whole number in [1, {MAX_PARALLEL}]"
+        _require(valid, "evaluator.workers", self.workers, allowed)
+        _require_range("evaluator.threads", self.threads, 1, MAX_PARALLEL)
 
 
 @dataclass(frozen=True)
@@ -244,6 +279,8 @@ class Config:
     def __post_init__(self) -> None:
         """Check what spans several groups."""
         _require_range("seed", self.seed, 0, 2**32, open_high=True)
+        _require_target("search", self.search)
+        _require_target("logger", self.logger)
         if self.data.image_size < self.model.min_image_size:
             raise UserError(
                 f"data.image_size must be at least {self.model.min_image_size} for "
@@ -274,14 +311,19 @@ def _section(cls: type[T], node: object, key: str) -> T:
         raise UserError(f"{key} must be a group of settings, but got {node!r}.")
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)  # set because the class is frozen
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for name in names:
+        if name not in node and OmegaConf.is_missing(schema, name):
+            raise UserError(f"{key}.{name} is required: give {key}.{name}=VALUE.")
     try:
         converted: T = OmegaConf.to_object(OmegaConf.merge(schema, node))  # type: ignore[assignment]
-    except MissingMandatoryValue as error:
-        name = error.full_key or str(error).rpartition(":")[2].strip()
-        raise UserError(f"{key}.{name} is required: give {key}.{name}=VALUE.") from error
     except OmegaConfBaseException as error:
-        name = f"{key}.{error.full_key}" if error.full_key else key
-        raise UserError(f"{name}: {(error.msg or str(error)).splitlines()[0]}.") from error
+        where = str(error.full_key)
+        name = re.split(r"[.\[]", where)[0]
+        if name not in names:
+            raise UserError(f"{key}.{name} is no setting: {key} has {', '.join(names)}.") from error
+        allowed = _KINDS[get_type_hints(cls)[name]]
+        raise UserError(f"{key}.{name} must be {allowed}, but got {node[name]!r}.") from error
     return converted
 
 
@@ -300,17 +342,18 @@ def _gene(name: str, node: object, model: ModelConfig) -> Gene:
         raise UserError(f"{key} needs low and high, or one value.")
     ends = {"value": low} if gene.value is not None else {"low": low, "high": high}
     for end, number in ends.items():
-        _require(math.isfinite(number), f"{key}.{end}", number, "finite")
         if known.kind is int:
-            _require(number == int(number), f"{key}.{end}", number, "a whole number")
-        _require(known.allows(number), f"{key}.{end}", number, f"in {known.interval}")
-        if known.kind is int:
-            _require_range(f"{key}.{end}", int(number), int(known.low), model.n_layers)
+            allowed = f"a whole number in [{known.low}, {model.n_layers}]"
+            holds = number.is_integer() and known.low <= number <= model.n_layers
+        else:
+            allowed, holds = f"a number in {known.interval}", known.allows(number)
+        _require(holds, f"{key}.{end}", number, allowed)
     if low > high:
         raise UserError(f"{key}: low <= high must hold, but got (low={low:g}, high={high:g}).")
-    if gene.log and low <= 0:
+    log = gene.log and gene.value is None
+    if log and low <= 0:
         raise UserError(f"{key}: low must be above 0 when log=true, but got {low:g}.")
-    return Gene(name, known.kind(low), known.kind(high), gene.log)
+    return Gene(name, known.kind(low), known.kind(high), log)
 
 
 def _space(node: DictConfig, model: ModelConfig) -> SearchSpace:
@@ -323,9 +366,17 @@ def _space(node: DictConfig, model: ModelConfig) -> SearchSpace:
             "space.frozen_layers.low <= space.included_layers.low must hold, because nothing "
             f"behind the last included layer can be frozen, but got "
             f"(frozen_layers.low={genes['frozen_layers'].low}, "
-            f"included_layers.low={genes['included_layers'].low})."
+            f"included_layers.low={genes['included_layers'].low}); raise the second."
         )
     return SearchSpace(tuple(genes.values()))
+
+
+def _missing(node: object, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the values that are ``???``."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if value == "???":
+            yield f"{prefix}{name}"
+        yield from _missing(value, f"{prefix}{name}.")
 
 
 def checked(composed: DictConfig) -> Config:
@@ -342,15 +393,23 @@ def checked(composed: DictConfig) -> Config:
             of its range; one line.
     """
     cfg = composed.copy()
+    for key in _missing(OmegaConf.to_container(cfg)):
+        raise UserError(f"{key} is required: give {key}=VALUE.")
+    for key in ("seed", *GROUPS):
+        if key not in cfg:
+            raise UserError(f"{key} is required: give {key}=VALUE.")
+    for key in cfg:
+        if key not in ("seed", "resume", *GROUPS):
+            raise UserError(f"{key} is no setting; there are seed, {', '.join(GROUPS)}.")
     for key in GROUPS:
-        if not isinstance(cfg.get(key), DictConfig):
-            raise UserError(f"{key} must be a group of settings, but got {cfg.get(key)!r}.")
-    if OmegaConf.is_missing(cfg.data, "root"):
-        raise UserError(f"data.root is required with data={cfg.data.name}: give data.root=PATH.")
+        if not isinstance(cfg._get_node(key), DictConfig) or cfg[key] is None:
+            raise UserError(f"{key} must be a group of settings, but got {cfg[key]!r}.")
+    if cfg.get("resume") is not None:
+        raise UserError("resume=RUN_FOLDER goes on with a run only as it stands, without +.")
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        reason = (error.msg or str(error)).splitlines()[0]
+        reason = (error.msg or str(error)).splitlines()[0].rstrip(".")
         raise UserError(f"The configuration cannot be resolved: {reason}.") from error
     model = _section(ModelConfig, cfg.model, "model")
     search: dict[str, Any] = OmegaConf.to_container(cfg.search)  # type: ignore[assignment]
@@ -360,7 +419,8 @@ def checked(composed: DictConfig) -> Config:
     for genes in initial:
         for name, value in genes.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            _require(number and math.isfinite(value), f"search.initial {name}", value, "a number")
+            holds = number and math.isfinite(value)
+            _require(holds, f"search.initial {name}", value, "a finite number")
     if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
         raise UserError(f"seed must be a whole number in [0, {2**32}), but got {cfg.seed!r}.")
     return Config(
@@ -377,4 +437,3 @@ def checked(composed: DictConfig) -> Config:
         budget=_section(BudgetConfig, cfg.budget, "budget"),
         final=_section(FinalConfig, cfg.final, "final"),
     )
-

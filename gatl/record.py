@@ -8,8 +8,10 @@ import contextlib
 import csv
 import fcntl
 import io
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import optuna
@@ -23,6 +25,7 @@ from gatl.outcome import Outcome, fitness
 JOURNAL = "study.journal"
 HISTORY = "history.csv"
 OUTCOME = "outcome"  # the trial's user attribute
+SECONDS = "seconds"  # the study's user attribute
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -44,6 +47,11 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def resume_command(folder: Path, *overrides: str) -> str:
+    """Return what a user types to go on with a run."""
+    return shlex.join(["python", "-m", "gatl", f"resume={folder}", *overrides])
 
 
 def _mend(journal: Path) -> None:
@@ -109,8 +117,8 @@ def outcome_of(trial: FrozenTrial) -> Outcome:
 class History:
     """``history.csv``: a row for each ended trial, in the order of their numbers.
 
-    A row is written as soon as every lower number has its own; so the file only
-    grows at its end. It is written anew from the study whenever it is opened.
+    Rows behind the first trial that has not ended are written again when it has.
+    The file is written anew from the study whenever it is opened.
 
     Args:
         folder: The run folder.
@@ -120,9 +128,10 @@ class History:
     def __init__(self, folder: Path, genes: Sequence[str]) -> None:
         self._path = folder / HISTORY
         self._genes = tuple(genes)
-        self._rows = 0
-        self._path.unlink(missing_ok=True)
-        self._append([self.columns])
+        self._rows = 0  # trials 0 ... n - 1 have their rows for good
+        self._end = 0  # of those rows, in bytes
+        self._path.write_bytes(b"")
+        self._end = self._write([self.columns])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -138,19 +147,21 @@ class History:
     def update(
         self, trials: Sequence[FrozenTrial], generation: Callable[[int], int | None]
     ) -> None:
-        """Append the rows that are due.
+        """Write the rows of the trials that have ended since.
 
         Args:
             trials: All trials of the study, by number.
             generation: From a number to the generation, where the strategy has any.
         """
-        due = []
-        for trial in trials[self._rows :]:
-            if trial.state not in ENDED:
-                break
-            due.append(self._row(trial, generation(trial.number)))
-        self._append(due)
-        self._rows += len(due)
+        new = list(itertools.islice(trials, self._rows, None))
+        ended = list(itertools.takewhile(lambda trial: trial.state in ENDED, new))
+        self._end = self._write(self._row(trial, generation(trial.number)) for trial in ended)
+        self._rows += len(ended)
+        self._write(
+            self._row(trial, generation(trial.number))
+            for trial in new[len(ended) :]
+            if trial.state in ENDED
+        )
 
     def _row(self, trial: FrozenTrial, generation: int | None) -> tuple[object, ...]:
         outcome = outcome_of(trial)
@@ -168,9 +179,11 @@ class History:
             outcome.error,
         )
 
-    def _append(self, rows: Sequence[Sequence[object]]) -> None:
-        if rows:
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows(rows)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text.getvalue())
+    def _write(self, rows: Iterable[Sequence[object]]) -> int:
+        """Write rows behind those that stay; return where they end."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with self._path.open("r+b") as file:
+            file.seek(self._end)
+            file.write(text.getvalue().encode())
+            return file.truncate()

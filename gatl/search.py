@@ -1,7 +1,11 @@
 """The driver of a search: ask, evaluate, tell, until the budget is spent."""
 
+import shutil
+import threading
 import time
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -9,13 +13,13 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from gatl.chromosome import Chromosome
+from gatl.chromosome import Chromosome, Value
 from gatl.config import Config
 from gatl.errors import UserError
 from gatl.evaluation import Evaluator, Fit, fit_seed
 from gatl.outcome import Outcome
 from gatl.progress import View
-from gatl.record import ENDED, History, outcome_of, tell
+from gatl.record import ENDED, SECONDS, History, outcome_of, resume_command, tell
 from gatl.strategies.base import Strategy
 from gatl.streams import Purpose
 
@@ -44,8 +48,9 @@ class Search:
         evaluator: Runs the fits.
         folder: The run folder.
         view: What the user sees.
-        stop: Set by Ctrl-C; the driver sets it when the time budget is spent.
-            Running fits end then, and their trials stay RUNNING, to be finished
+        stop: Set by Ctrl-C.
+        cut: The driver sets it to make running fits end, when it is to stop or
+            the time budget is spent. Their trials stay RUNNING, to be finished
             on resume.
     """
 
@@ -57,10 +62,12 @@ class Search:
         evaluator: Evaluator,
         folder: Path,
         view: View,
-        stop: Event,
+        stop: threading.Event,
+        cut: Event,
     ) -> None:
         self._config, self._study, self._strategy = config, study, strategy
-        self._evaluator, self._folder, self._view, self._stop = evaluator, folder, view, stop
+        self._evaluator, self._folder, self._view = evaluator, folder, view
+        self._stop, self._cut = stop, cut
         self._space = config.space
         self._history = History(folder, config.space.names)
         self._queue: deque[int] = deque()  # asked for, not yet evaluated
@@ -68,7 +75,6 @@ class Search:
         self._running: dict[Chromosome, int] = {}
         self._known: dict[Chromosome, int] = {}  # evaluated: the first trial with that result
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
-        self.seconds = 0.0  # of all sessions, when this one has ended
         self._any_ended = False
         self._failures = 0
 
@@ -81,29 +87,32 @@ class Search:
         Raises:
             UserError: If no fit can work, or too many in a row failed.
         """
-        started = time.monotonic()
-        deadline = started + self._config.budget.seconds
+        self._since = time.monotonic() - self._study.user_attrs.get(SECONDS, 0.0)
+        deadline = time.monotonic() + self._config.budget.seconds
         self._take_up()
         while True:
             interrupted = self._stop.is_set()
             late = time.monotonic() >= deadline and self._any_ended
-            if not (interrupted or late):
+            if interrupted or late:
+                self._cut.set()
+            else:
                 self._ask()
                 self._start()
-            if not self._running:
-                if interrupted or late or not (self._queue or self._askable):
-                    break
-                continue  # all were known already
-            if late:
-                self._stop.set()
-            for number, outcome in self._evaluator.wait(_TICK):
-                self._end(number, outcome)
-            self._view.tick()
-        self.seconds = time.monotonic() - started + self._study.user_attrs.get("seconds", 0.0)
-        self._study.set_user_attr("seconds", self.seconds)
-        if interrupted and not late:
+            if self._running:
+                for number, outcome in self._evaluator.wait(_TICK):
+                    self._end(number, outcome)
+                self._view.tick()
+            elif interrupted or late or not (self._queue or self._askable):
+                break  # otherwise all were known already
+        if interrupted:
             return Ending.INTERRUPTED
+        self._cut.clear()  # the final model's fits follow
         return Ending.COMPLETE if self._n_leading >= self._config.n_trials else Ending.TIME
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the search has taken, those of earlier sessions included."""
+        return time.monotonic() - self._since
 
     @property
     def _trials(self) -> list[FrozenTrial]:
@@ -115,7 +124,7 @@ class Search:
         for trial in trials:
             if trial.state in ENDED:
                 self._learn(trial)
-            else:
+            elif trial.number < self._config.n_trials:  # the budget may have shrunk
                 self._enqueue(trial)
         self._publish(trials)
         self._view.resumed(trials)
@@ -139,60 +148,48 @@ class Search:
     def _start(self) -> None:
         """Give queued trials to free workers; of equal ones the lowest number runs."""
         for number in tuple(self._queue):
+            if not self._evaluator.n_free:
+                break
             chromosome = self._chromosomes[number]
             if chromosome in self._known:
                 self._queue.remove(number)
                 self._reuse(number, self._known[chromosome])
-            elif self._evaluator.n_free and chromosome not in self._running:
+            elif chromosome not in self._running:
                 self._queue.remove(number)
                 self._running[chromosome] = number
-                genes = self._space.to_dict(chromosome)
-                self._evaluator.submit(
-                    number,
-                    Fit(
-                        genes=genes,
-                        epochs=self._config.trainer.max_epochs,
-                        seed=fit_seed(self._config.seed, Purpose.FIT, genes),
-                        folder=self._folder / "trials" / str(number),
-                    ),
-                )
-                self._view.started(number, genes)
+                self._submit(number, self._space.to_dict(chromosome))
+
+    def _submit(self, number: int, genes: Mapping[str, Value]) -> None:
+        folder = self._folder / "trials" / str(number)
+        shutil.rmtree(folder, ignore_errors=True)  # of a fit that was cut off
+        seed = fit_seed(self._config.seed, Purpose.FIT, genes)
+        self._evaluator.submit(number, Fit(genes, self._config.trainer.max_epochs, seed, folder))
+        self._view.started(number, genes)
 
     def _reuse(self, number: int, source: int) -> None:
         """Tell a trial the result of an equal chromosome."""
         known = outcome_of(self._trials[source])
-        self._tell(
-            number,
-            Outcome(
-                val_loss=known.val_loss,
-                val_accuracy=known.val_accuracy,
-                epochs=known.epochs,
-                trainable_params=known.trainable_params,
-                total_params=known.total_params,
-                error=known.error,
-                diverged=known.diverged,
-                reused_from=source,
-            ),
-        )
+        self._tell(number, replace(known, duration_s=0.0, reused_from=source))
 
     def _end(self, number: int, outcome: Outcome) -> None:
         """Take the outcome of a fit."""
         del self._running[self._chromosomes[number]]
         if outcome.stopped:
+            self._queue.appendleft(number)
             return
         self._tell(number, outcome)
         if not outcome.diverged:
             self._failures = 0 if outcome.error is None else self._failures + 1
         if self._failures >= MAX_FAILURES:
-            self._stop.set()
             raise UserError(
                 f"{MAX_FAILURES} trials in a row failed; the last, {number}: {outcome.error} "
                 f"(see {self._folder / 'trials' / str(number) / 'error.txt'}). When that is "
-                f"mended, go on with resume={self._folder}."
+                f"mended, go on with  {resume_command(self._folder)}"
             )
 
     def _tell(self, number: int, outcome: Outcome) -> None:
         tell(self._study, number, outcome)
+        self._study.set_user_attr(SECONDS, self.seconds)  # now, for a run that is killed
         del self._chromosomes[number]
         trials = self._trials
         self._learn(trials[number])

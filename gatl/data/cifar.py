@@ -22,7 +22,7 @@ def load(root: str, n_classes: int) -> Source:
     """
     path = Path(root).expanduser()
     with torchvision_dataset(f"CIFAR-{n_classes}", path):
-        from torchvision.datasets import CIFAR10, CIFAR100  # type: ignore[import-untyped]
+        from torchvision.datasets import CIFAR10, CIFAR100
 
         dataset = {10: CIFAR10, 100: CIFAR100}[n_classes]
         train, test = (dataset(path, train=is_train, download=True) for is_train in (True, False))

@@ -7,7 +7,7 @@ from gatl.data.source import Source, in_memory
 
 def load() -> Source:
     """Load the ten digits as one training split (Alpaydin & Kaynak 1998, UCI's test part)."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey values are 0 to 16

@@ -20,7 +20,7 @@ def load(root: str) -> Source:
     """
     path = Path(root).expanduser()
     with torchvision_dataset("Fashion-MNIST", path / "FashionMNIST" / "raw"):
-        from torchvision.datasets import FashionMNIST  # type: ignore[import-untyped]
+        from torchvision.datasets import FashionMNIST
 
         train, test = (
             FashionMNIST(path, train=is_train, download=True) for is_train in (True, False)

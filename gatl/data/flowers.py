@@ -23,7 +23,7 @@ def load(root: str) -> Source:
     """
     path = Path(root).expanduser()
     with torchvision_dataset("Oxford 102 Flowers", path / "flowers-102"):
-        from torchvision.datasets import Flowers102  # type: ignore[import-untyped]
+        from torchvision.datasets import Flowers102
 
         # The loader returns the path itself: the image is decoded later, and once.
         splits = {

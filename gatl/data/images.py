@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from gatl.data.decode import UndecodableImage, to_rgb
 from gatl.data.source import ImageLike, Labels, Source, Split

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms import v2
 
 from gatl.data.images import PreparedData, PreparedSplit
 from gatl.data.source import Labels
@@ -141,7 +141,7 @@ class ImageData(lightning.LightningDataModule):
         return Batches(self.prepared.test, self.eval_batch_size, pin_memory=self._on_cuda)
 
     def plain_train_images(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield the training images once, in their order: normalised (B, 3, S, S), not augmented."""
+        """Yield the training images in order: normalised (B, 3, S, S), never augmented."""
         for images, _ in Batches(self.prepared.train, self.eval_batch_size):
             yield self.normalise(images.to(device))
 

@@ -26,7 +26,7 @@ def off_by(a: npt.NDArray[np.uint8], b: npt.NDArray[np.generic]) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
-def save(path: Path, image: Image.Image, **options: Any) -> Path:  # noqa: ANN401
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
     image.save(path, **options)
     return path
 
@@ -54,7 +54,8 @@ def test_exif_orientation_is_undone(tmp_path: Path, orientation: int) -> None:
 def test_palette_and_grey_and_bilevel(tmp_path: Path) -> None:
     image = Image.fromarray(quadrants())
     palette = save(tmp_path / "p.png", image.quantize(4))
-    assert Image.open(palette).mode == "P"
+    with Image.open(palette) as stored:
+        assert stored.mode == "P"
     assert off_by(to_rgb(palette, SIDE), quadrants()) <= 2
     grey = save(tmp_path / "g.png", image.convert("L"))
     assert np.array_equal(to_rgb(grey, SIDE)[..., 1], np.asarray(image.convert("L")))
@@ -103,7 +104,8 @@ def test_sixteen_bits_and_floats(tmp_path: Path) -> None:
     grey = quadrants()[..., 0].astype(np.float64)
     expected = np.stack([grey] * 3, 2)
     deep = save(tmp_path / "16.png", Image.fromarray((grey * 257).astype(np.uint16)))
-    assert Image.open(deep).mode.startswith("I")
+    with Image.open(deep) as stored:
+        assert stored.mode.startswith("I")
     assert np.array_equal(to_rgb(deep, SIDE), expected)
     tiff = save(tmp_path / "16.tif", Image.fromarray((grey * 257 + 128).astype(np.uint16)))
     assert np.array_equal(to_rgb(tiff, SIDE), expected)

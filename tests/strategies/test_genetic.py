@@ -16,7 +16,7 @@ LAYERS = SearchSpace((Gene("included_layers", 1, 58), Gene("frozen_layers", 0, 1
 A, B, C, D, E = (50, 1), (51, 2), (52, 3), (53, 4), (54, 5)
 
 
-def make(space: SearchSpace = LAYERS, **changed: Any) -> Genetic:  # noqa: ANN401
+def make(space: SearchSpace = LAYERS, **changed: Any) -> Genetic:
     """A strategy whose children are copies of the best, unless told otherwise."""
     settings: dict[str, Any] = {
         "seed": 0,

@@ -1,0 +1,83 @@
+"""The winner of a search beside the plain recipe, under the same final training.
+
+    python benchmarks/recipe.py run=outputs/DATE/TIME seeds=3
+
+The plain recipe is what one would write by hand: all layers, nothing frozen,
+learning rate 1e-3, dropout 0.5. Both are trained and tested as the final model
+is, once for each seed: same epochs, early stopping, data and seeds. Writes
+``benchmarks/results/recipe.json``.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from gatl.cli import compose_resumed, one_line_errors
+from gatl.config import checked
+from gatl.errors import UserError
+from gatl.final import measure, retrain
+from gatl.final import predict as predict_test
+from gatl.session import opened
+
+RESULTS = Path(__file__).parent / "results" / "recipe.json"
+
+
+def main() -> None:
+    """Train and test both for each seed; print and save the figures."""
+    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    if "run" not in words:
+        raise UserError("Give the folder of a finished run: run=outputs/DATE/TIME")
+    folder = Path(words["run"])
+    found = json.loads((folder / "result.json").read_text())
+    config = checked(compose_resumed(folder, []))
+    space = config.space
+    plain = {
+        "included_layers": config.model.n_layers,
+        "frozen_layers": 0,
+        "learning_rate": 1e-3,
+        "dropout": 0.5,
+    }
+    recipes = {"winner": found["best"]["genes"], "plain recipe": plain}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
+    console = Console(highlight=False)
+    with opened(config, folder, console) as session:
+        for seed in range(int(words.get("seeds", "3"))):
+            for name, genes in recipes.items():
+                with tempfile.TemporaryDirectory() as scratch:
+                    (Path(scratch) / "final").mkdir()
+                    trained = replace(
+                        session,
+                        config=replace(config, seed=1000 + seed),  # none that the run has used
+                        folder=Path(scratch),
+                    )
+                    classifier, training = retrain(trained, space.to_dict(space.from_dict(genes)))
+                    logits = predict_test(trained, classifier)
+                test = measure(logits, session.data.test.labels, session.data.classes)
+                runs[name].append(
+                    {
+                        "val_loss": training["val_loss"],
+                        "test_loss": test["loss"],
+                        "test_accuracy": test["accuracy"],
+                        "epochs": training["epochs"],
+                        "seconds": training["seconds"],
+                    }
+                )
+                console.print(f"{name}, seed {seed}: {runs[name][-1]}")
+    for name, figures in runs.items():
+        for figure in ("val_loss", "test_accuracy", "seconds"):
+            values = [run[figure] for run in figures]
+            sd = statistics.stdev(values) if len(values) > 1 else 0.0
+            console.print(f"{name}: {figure} {statistics.fmean(values):.4f} ± {sd:.4f}")
+    RESULTS.parent.mkdir(exist_ok=True)
+    kept = {key: found[key] for key in ("best", "trials", "versions", "hardware", "seed")}
+    RESULTS.write_text(json.dumps(kept | {"runs": runs}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
