@@ -20,8 +20,7 @@ from rich.console import Console
 from gatl.cli import compose_resumed, one_line_errors
 from gatl.config import checked
 from gatl.errors import UserError
-from gatl.final import measure, retrain
-from gatl.final import predict as predict_test
+from gatl.final import retrain, test
 from gatl.session import opened
 
 RESULTS = Path(__file__).parent / "results" / "recipe.json"
@@ -56,21 +55,20 @@ def main() -> None:
                         folder=Path(scratch),
                     )
                     classifier, training = retrain(trained, space.to_dict(space.from_dict(genes)))
-                    logits = predict_test(trained, classifier)
-                test = measure(logits, session.data.test.labels, session.data.classes)
+                    figures, _ = test(trained, classifier)
                 runs[name].append(
                     {
                         "val_loss": training["val_loss"],
-                        "test_loss": test["loss"],
-                        "test_accuracy": test["accuracy"],
+                        "test_loss": figures["loss"],
+                        "test_accuracy": figures["accuracy"],
                         "epochs": training["epochs"],
                         "seconds": training["seconds"],
                     }
                 )
                 console.print(f"{name}, seed {seed}: {runs[name][-1]}")
-    for name, figures in runs.items():
+    for name, trainings in runs.items():
         for figure in ("val_loss", "test_accuracy", "seconds"):
-            values = [run[figure] for run in figures]
+            values = [run[figure] for run in trainings]
             sd = statistics.stdev(values) if len(values) > 1 else 0.0
             console.print(f"{name}: {figure} {statistics.fmean(values):.4f} ± {sd:.4f}")
     RESULTS.parent.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from gatl.models.layered import LayeredNetwork
@@ -20,6 +20,31 @@ BATCHES_BETWEEN_CHECKS = 25
 
 class Diverged(ArithmeticError):
     """A loss was not finite."""
+
+
+class WeightedMean(Metric):
+    """The mean of losses (B,) with weights (B,), over all batches.
+
+    Unlike torchmetrics' MeanMetric it keeps NaN: without the images that have
+    no finite loss, a broken network would look better than it is.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, weights: Tensor) -> None:
+        """Add a batch."""
+        self.total += (losses * weights).sum()
+        self.weight += weights.sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean, shape ()."""
+        return self.total / self.weight
 
 
 class Classifier(lightning.LightningModule):
@@ -41,6 +66,8 @@ class Classifier(lightning.LightningModule):
             or None. Training loss and val_loss are weighted alike.
     """
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         network: Mapping[str, Any],
@@ -54,20 +81,23 @@ class Classifier(lightning.LightningModule):
         self.genes = dict(genes)
         self.classes = tuple(classes)
         self.network: LayeredNetwork = instantiate(
+            # Called by ourselves, so that Hydra does not wrap what it raises.
             dict(network),
+            _partial_=True,
+            _convert_="all",
+        )(
             included_layers=int(genes["included_layers"]),
             n_classes=len(classes),
             dropout=genes["dropout"],
-            _convert_="all",
         )
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.to(memory_format=torch.channels_last)
         self.network.freeze(int(genes["frozen_layers"]))
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        self.val_loss = MeanMetric()
+        self.val_loss = WeightedMean()
         self.val_accuracy = MulticlassAccuracy(len(classes), average="micro")
         self.val_f1 = MulticlassF1Score(len(classes), average="macro")
-        self.train_loss = MeanMetric()
+        self.train_loss = WeightedMean()
         self.epochs: list[dict[str, float]] = []  # the metrics of each finished epoch
 
     def forward(self, images: Tensor) -> Tensor:
@@ -95,17 +125,15 @@ class Classifier(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch, weighted over the whole split."""
         images, labels = batch
-        loss = F.cross_entropy(
+        losses = F.cross_entropy(
             self(images),
             labels,
             reduction="none",
             label_smoothing=self.genes.get("label_smoothing", 0.0),
         )
-        if self.class_weights is not None:
-            # Not divided by the batch's weights: they average 1 over the split.
-            loss = loss * self.class_weights[labels]
-        loss = loss.mean()
-        self.train_loss.update(loss.detach(), weight=len(labels))
+        weights = self._weights(labels)
+        self.train_loss.update(losses.detach(), weights)
+        loss = (losses * weights).mean()  # not over the batch's weights: the split's average 1
         if (batch_idx + 1) % BATCHES_BETWEEN_CHECKS == 0:
             self._require_finite("train_loss", loss.item())
         return loss
@@ -115,8 +143,7 @@ class Classifier(lightning.LightningModule):
         images, labels = batch
         logits = self(images)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        weights = 1.0 if self.class_weights is None else self.class_weights[labels]
-        self.val_loss.update(losses, weight=weights)
+        self.val_loss.update(losses, self._weights(labels))
         self.val_accuracy.update(logits, labels)
         self.val_f1.update(logits, labels)
 
@@ -143,6 +170,12 @@ class Classifier(lightning.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Keep the logits (B, n_classes) of a batch, in the order of the test split."""
         self.test_logits.append(self(batch[0]).float().cpu())
+
+    def _weights(self, labels: Tensor) -> Tensor:
+        """Return what each image counts (B,), for its label (B,)."""
+        if self.class_weights is None:
+            return torch.ones(len(labels), device=labels.device)
+        return self.class_weights[labels]
 
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):

@@ -7,6 +7,7 @@ typing error is one line, and no run folder is made for it.
 
 import contextlib
 import difflib
+import functools
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,7 +24,6 @@ from hydra.errors import (
     HydraException,
     InstantiationException,
     MissingConfigException,
-    OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,15 +67,15 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         UserError: If Hydra cannot compose it; names the nearest valid key.
     """
     parsed = parse(overrides)
-    GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_module("gatl.conf", version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
+        with _initialised() as loader:
             for override in parsed:
                 _require_one_value(override)
                 key, value = override.key_or_group, override.value()
                 options = loader.get_group_options(key)
-                if options and not isinstance(value, str | list | dict) and not override.is_delete():
+                names = value if isinstance(value, list) else [value]
+                named = isinstance(value, dict) or all(isinstance(name, str) for name in names)
+                if options and not named and not override.is_delete():
                     raise UserError(f"{key} must be one of {', '.join(options)}, but got {value}.")
             return hydra.compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
@@ -83,7 +84,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides; a syntax error is a `UserError`."""
-    parser = OverridesParser.create()
+    with _initialised() as loader:
+        parser = OverridesParser.create(loader)  # needs the loader for glob()
     parsed: list[Override] = []
     for line in overrides:
         try:
@@ -160,6 +162,14 @@ def compose_resumed(folder: Path, overrides: Sequence[str]) -> DictConfig:
     return config
 
 
+@contextlib.contextmanager
+def _initialised() -> Iterator[ConfigLoader]:
+    """Point Hydra at ``conf/``."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("gatl.conf", version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
 def _require_one_value(override: Override) -> None:
     if override.is_sweep_override():
         raise UserError(
@@ -178,9 +188,10 @@ def _explain(error: Exception) -> str:
         )
     text = str(error).strip()
     if match := re.match(r"(?:.*already at '|Multiple values for )([\w.@/]*\w)", text):
-        return f"{match[1]} is set already: leave out the +."
+        return f"{match.group(1)} is set already: leave out the +."
     if match := re.match(r"Could not override '(.+)'", text):
-        return _no_setting(getattr(error.__cause__, "full_key", None) or match[1])
+        inner = str(getattr(error.__cause__, "full_key", ""))  # for KEY={a: 1}, the key of a
+        return _no_setting(inner if inner.startswith(match.group(1)) else match.group(1))
     first = text.splitlines()[0]
     return f"{first}: {str(error.__cause__).splitlines()[0]}" if error.__cause__ else first
 
@@ -195,19 +206,17 @@ def _no_setting(key: str) -> str:
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.52)
     return f" (nearest: {found[0]})" if found else ""
 
 
+@functools.cache
 def _valid_keys() -> list[str]:
     """Return every dotted key of the default configuration, groups included."""
 
-    def keys(node: DictConfig, prefix: str) -> Iterator[str]:
-        for name in node:
+    def keys(node: object, prefix: str) -> Iterator[str]:
+        for name, value in node.items() if isinstance(node, dict) else ():
             yield f"{prefix}{name}"
-            if not OmegaConf.is_missing(node, str(name)):
-                child = node._get_node(str(name))
-                if isinstance(child, DictConfig) and not child._is_none():
-                    yield from keys(child, f"{prefix}{name}.")
+            yield from keys(value, f"{prefix}{name}.")
 
-    return list(keys(compose([]), ""))
+    return list(keys(OmegaConf.to_container(compose([])), ""))

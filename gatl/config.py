@@ -13,13 +13,24 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from gatl.chromosome import KNOWN_GENES, Gene, SearchSpace
 from gatl.errors import UserError
 
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
-GROUPS = ("data", "model", "space", "search", "ga", "trainer", "evaluator", "logger", "budget", "final")
+GROUPS = (
+    "data",
+    "model",
+    "space",
+    "search",
+    "ga",
+    "trainer",
+    "evaluator",
+    "logger",
+    "budget",
+    "final",
+)
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 SE_CHOICES = {"placement": ("block", "layer", "none"), "init": ("identity", "kaiming")}
 AUGMENTATIONS = ("none", "flip", "crop_flip", "trivial")
@@ -398,19 +409,19 @@ def checked(composed: DictConfig) -> Config:
     for key in ("seed", *GROUPS):
         if key not in cfg:
             raise UserError(f"{key} is required: give {key}=VALUE.")
-    for key in cfg:
-        if key not in ("seed", "resume", *GROUPS):
-            raise UserError(f"{key} is no setting; there are seed, {', '.join(GROUPS)}.")
-    for key in GROUPS:
-        if not isinstance(cfg._get_node(key), DictConfig) or cfg[key] is None:
-            raise UserError(f"{key} must be a group of settings, but got {cfg[key]!r}.")
-    if cfg.get("resume") is not None:
-        raise UserError("resume=RUN_FOLDER goes on with a run only as it stands, without +.")
+    for name in map(str, cfg):
+        if name not in ("seed", "resume", *GROUPS):
+            raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}.")
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0].rstrip(".")
         raise UserError(f"The configuration cannot be resolved: {reason}.") from error
+    for key in GROUPS:
+        if not isinstance(cfg[key], DictConfig):
+            raise UserError(f"{key} must be a group of settings, but got {cfg[key]!r}.")
+    if cfg.get("resume") is not None:
+        raise UserError("resume=RUN_FOLDER goes on with a run only as it stands, without +.")
     model = _section(ModelConfig, cfg.model, "model")
     search: dict[str, Any] = OmegaConf.to_container(cfg.search)  # type: ignore[assignment]
     initial = search.pop("initial", None) or []

@@ -5,13 +5,17 @@
 
 import csv
 import json
+import math
 import os
 import platform
+import shlex
+import shutil
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
@@ -27,16 +31,16 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest  # type: ignore[import-untyped]
-from sklearn.metrics import (  # type: ignore[import-untyped]
+from scipy.stats import binomtest
+from sklearn.metrics import (
     confusion_matrix,
     precision_recall_fscore_support,
 )
 
 from gatl.chromosome import Value
 from gatl.classifier import Classifier, Diverged
-from gatl.cli import compose_resumed, one_line_errors, parse
-from gatl.config import checked
+from gatl.cli import compose_resumed, one_line_errors
+from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import (
     Fit,
@@ -46,17 +50,21 @@ from gatl.evaluation import (
     build_data,
     build_trainer,
     fit_seed,
+    reason,
     resolve_precision,
 )
 from gatl.outcome import Outcome
-from gatl.progress import format_genes
+from gatl.progress import format_genes, format_loss, new_console
 from gatl.ranking import best_distinct, incumbent
-from gatl.record import outcome_of
+from gatl.record import JOURNAL, SECONDS, History, original_folder, outcome_of
 from gatl.session import Session, opened
 from gatl.streams import Purpose
 
 PRINTED_CLASSES = 12
 """Classes up to which the confusion matrix is printed; it is always saved."""
+
+THREADS = torch.get_num_threads()
+"""Threads of the final training: what torch chose for this machine, before any fit set its own."""
 
 _PACKAGES = ("gatl", "torch", "torchvision", "lightning", "optuna", "hydra-core", "numpy")
 
@@ -89,7 +97,8 @@ class Epochs(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch's losses."""
-        epoch = pl_module.epochs[-1]  # type: ignore[index,union-attr]
+        assert isinstance(pl_module, Classifier)
+        epoch = pl_module.epochs[-1]
         self._console.print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} · train_loss "
             f"{epoch['train_loss']:.4f} · val_loss {epoch['val_loss']:.4f} · accuracy "
@@ -100,32 +109,41 @@ class Epochs(Callback):
 def finish(session: Session) -> float:
     """Make, test and save the final model; returns the search's best val_loss.
 
+    Nothing is done again that has been done: the test split is for one model.
+
     Raises:
         UserError: If no trial is COMPLETE, or the final training fails.
         KeyboardInterrupt: If the user stopped it.
     """
     started = time.monotonic()
+    folder, console = session.folder, session.console
     record = session.study.get_trials(deepcopy=False)
     best = incumbent(record)
     if best is None or best.value is None:
         raise UserError(
-            f"No trial of {session.folder} completed, so there is no best one: see the column "
-            "error of history.csv."
+            f"No trial of {folder} completed, so there is no best one: see the column error of "
+            "history.csv."
         )
+    ended = [trial for trial in record if trial.state.is_finished()]
+    if (made := made_before(folder, session.config, len(ended))) is not None:
+        console.print(made, soft_wrap=True)
+        return best.value
     try:
         candidates = reevaluate(session, record)
-        winner = min(candidates, key=lambda candidate: candidate.mean)
         session.evaluator.close()
-        classifier, training = retrain(session, winner.genes)
-    except (FitStopped, KeyboardInterrupt):
-        session.console.print(
-            f"Stopped. Make the final model with  python -m gatl.final run={session.folder}",
-            soft_wrap=True,
-        )
+        winner, classifier, training = _retrain_best(session, candidates)
+        test, matrix = _test(session, classifier)
+    except (FitStopped, SystemExit):  # Lightning makes a SystemExit of a KeyboardInterrupt
         raise KeyboardInterrupt from None
-    test, matrix = _test(session, classifier)
-    seconds = session.study.user_attrs.get("seconds", 0.0) + time.monotonic() - started
-    ended = [trial for trial in record if trial.state.is_finished()]
+    except UserError:
+        raise
+    except Exception as error:
+        (folder / "final" / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        raise UserError(
+            f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
+            f"When that is mended, go on with  {final_command(folder)}"
+        ) from error
+    seconds = session.study.user_attrs.get(SECONDS, 0.0) + time.monotonic() - started
     result = {
         "best": {
             "genes": winner.genes,
@@ -144,13 +162,35 @@ def finish(session: Session) -> float:
         "seed": session.config.seed,
         "classes": list(session.data.classes),
         "precision": resolve_precision(session.config.trainer),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+        "versions": _versions(),
         "hardware": _hardware(),
+        "settings": asdict(session.config.final),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write_json(session.folder / "result.json", result)
+    (folder / "final" / "fit" / "best.ckpt").replace(folder / "best.ckpt")
+    _write_json(folder / "result.json", result)
     _show(session, winner, test, matrix)
     return best.value
+
+
+def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
+    """Say where the final model is, if it has been made of so many trials with these settings."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if result["trials"] < n_ended or result["settings"] != asdict(config.final):
+            return None
+        accuracy = result["test"]["accuracy"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return (
+        f"Nothing is left to do: the model of these {result['trials']} trials is made and tested "
+        f"(accuracy {accuracy:.1%}). {_whereabouts(folder)}"
+    )
+
+
+def final_command(folder: Path) -> str:
+    """Return what a user types to make the final model of what a search has found."""
+    return shlex.join(["python", "-m", "gatl.final", f"run={folder}"])
 
 
 def reevaluate(session: Session, record: Iterable[FrozenTrial]) -> list[Candidate]:
@@ -167,7 +207,7 @@ def reevaluate(session: Session, record: Iterable[FrozenTrial]) -> list[Candidat
             genes=(genes := config.space.to_dict(chromosome)),
             epochs=config.trainer.max_epochs,
             seed=fit_seed(config.seed, Purpose.REEVALUATION, genes, index),
-            folder=session.folder / "final" / f"trial_{trial.number}_seed_{index}",
+            folder=session.folder / "final" / "reevaluation" / f"{trial.number}_{index}",
         )
         for chromosome, trial in best.items()
         for index in range(config.final.seeds)
@@ -182,39 +222,58 @@ def reevaluate(session: Session, record: Iterable[FrozenTrial]) -> list[Candidat
         for i, (chromosome, trial) in enumerate(best.items())
     ]
     for c in candidates:
-        sd = f" ± {statistics.stdev(c.val_losses):.4f}" if k > 1 else ""
+        sd = f" ± {statistics.stdev(c.val_losses):.4f}" if k > 1 and c.mean < math.inf else ""
         session.console.print(
-            f"trial {c.trial.number} · {format_genes(c.genes)} · val_loss {c.mean:.4f}{sd}",
-            soft_wrap=True,
+            f"trial {c.trial.number} · {format_genes(c.genes)} · val_loss {format_loss(c.mean)}{sd}"
         )
     return candidates
 
 
 def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
-    """Return the val_loss of each fit; keeps a file of them, which an interrupted run reads back."""
+    """Return the val_loss of each fit; an interrupted run reads back what it had."""
     path = session.folder / "final" / "reevaluation.json"
     path.parent.mkdir(exist_ok=True)
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     waiting = [i for i, fit in enumerate(fits) if str(fit.seed) not in known]
     running = 0
     while waiting or running:
-        while waiting and session.evaluator.n_free and not session.stop.is_set():
+        if session.stop.is_set():
+            session.cut.set()
+            waiting.clear()
+        while waiting and session.evaluator.n_free:
             session.evaluator.submit(waiting[0], fits[waiting[0]])
             waiting.pop(0)
             running += 1
-        if not running:
-            raise FitStopped
-        for i, outcome in session.evaluator.wait(timeout=0.2):
+        for i, outcome in session.evaluator.wait(timeout=0.2) if running else []:
             running -= 1
             if not outcome.stopped:
                 known[str(fits[i].seed)] = outcome.to_json()
                 _write_json(path, known)
+    if session.stop.is_set():
+        raise FitStopped
     outcomes = [Outcome(**known[str(fit.seed)]) for fit in fits]
-    return [float("inf") if o.val_loss is None else o.val_loss for o in outcomes]
+    return [math.inf if o.val_loss is None else o.val_loss for o in outcomes]
+
+
+def _retrain_best(
+    session: Session, candidates: Sequence[Candidate]
+) -> tuple[Candidate, Classifier, dict[str, Any]]:
+    """Retrain the candidate with the best mean; one that diverges gives way to the next."""
+    for candidate in sorted(candidates, key=lambda candidate: candidate.mean):
+        try:
+            return candidate, *retrain(session, candidate.genes)
+        except Diverged as error:
+            session.console.print(
+                f"The final training of trial {candidate.trial.number} {error}; the next best ..."
+            )
+    raise UserError(
+        f"The final training of all {len(candidates)} candidates diverged: raise final.top_k, or "
+        "search again with a lower space.learning_rate.high."
+    )
 
 
 def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, dict[str, Any]]:
-    """Train the winner for longer, with early stopping; keep its best epoch in ``best.ckpt``.
+    """Train a chromosome for longer, with early stopping; keep the best epoch.
 
     All cores take part, since no other fit runs.
 
@@ -222,17 +281,17 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
         The classifier of the best epoch, and what there is to say of the training.
 
     Raises:
-        UserError: If it diverged.
+        Diverged: If a loss was not finite.
         FitStopped: If the user stopped it.
     """
-    config, folder = session.config, session.folder
+    config, folder = session.config, session.folder / "final" / "fit"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier final model
     session.console.print(
         f"Retraining the winner ({format_genes(genes)}) for up to {config.final.max_epochs} "
-        "epochs ...",
-        soft_wrap=True,
+        "epochs ..."
     )
     started = time.monotonic()
-    torch.set_num_threads(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    torch.set_num_threads(THREADS)
     seed = fit_seed(config.seed, Purpose.FINAL, genes)
     torch.manual_seed(seed)
     classifier = build_classifier(config, session.data, genes)
@@ -244,19 +303,16 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
         enable_version_counter=False,
     )
     callbacks: list[Callback] = [
-        StopOnRequest(session.stop),
+        StopOnRequest(session.stop),  # type: ignore[arg-type]  # it needs is_set alone
         EarlyStopping("val_loss", patience=config.final.patience),
         checkpoint,
         Epochs(session.console),
     ]
-    trainer = build_trainer(config, config.final.max_epochs, folder / "final" / "fit", callbacks, 0)
-    try:
-        trainer.fit(classifier, datamodule=build_data(config, session.data, seed))
-    except Diverged as error:
-        raise UserError(f"The final training {error}; narrow space.learning_rate.") from error
+    trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
+    trainer.fit(classifier, datamodule=build_data(config, session.data, seed))
     curve = classifier.epochs
     _write_csv(
-        folder / "final" / "learning_curve.csv",
+        folder.parent / "learning_curve.csv",
         ("epoch", *curve[0]),
         ((i + 1, *epoch.values()) for i, epoch in enumerate(curve)),
     )
@@ -268,16 +324,16 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
         **{name: curve[best][name] for name in ("val_loss", "val_accuracy")},
         "trainable_params": classifier.network.n_trainable,
         "total_params": classifier.network.n_parameters,
+        "threads": THREADS,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _test(
-    session: Session, classifier: Classifier
-) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+def _test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
     """Test the final model on the images that nothing before has seen."""
     config, data, folder = session.config, session.data, session.folder / "final"
     trainer = build_trainer(config, 1, folder / "test", [], 0, enable_checkpointing=False)
+    trainer.logger = None  # what there is to keep is written below
     trainer.test(classifier, datamodule=build_data(config, data, 0), verbose=False)
     logits = torch.cat(classifier.test_logits)
     labels = data.test.labels
@@ -351,18 +407,22 @@ def _show(
     console, genes = session.console, winner.genes
     table = Table("class", box=None, pad_edge=False, header_style="bold")
     for column in ("precision", "recall", "F1", "images"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in test["per_class"]:
         figures = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(_plain(row["class"]), *figures, str(row["n"]))
-    console.print(table)
+        table.add_row(row["class"], *figures, str(row["n"]))
+    console.print(table, soft_wrap=False)
     if len(matrix) <= PRINTED_CLASSES:
+        names, heads = session.data.classes, session.data.classes
+        if sum(len(name) + 2 for name in names) > console.width / 2:  # long ones stand once only
+            heads = tuple(f"({number})" for number in range(1, len(names) + 1))
+            names = tuple(f"{head} {name}" for head, name in zip(heads, names, strict=True))
         table = Table("is \\ taken for", box=None, pad_edge=False, header_style="bold")
-        for name in session.data.classes:
-            table.add_column(_plain(name), justify="right")
-        for name, counts in zip(session.data.classes, matrix, strict=True):
-            table.add_row(_plain(name), *map(str, counts))
-        console.print(table)
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        for name, counts in zip(names, matrix, strict=True):
+            table.add_row(name, *map(str, counts))
+        console.print(table, soft_wrap=False)
     low, high = test["accuracy_ci95"]
     frozen = int(genes["frozen_layers"])
     console.print(
@@ -370,19 +430,22 @@ def _show(
         + (f"{frozen} of them frozen" if frozen else "nothing frozen")
         + f", learning rate {genes['learning_rate']:.2g}, dropout {genes['dropout']:.2f}. "
         f"Of {test['n']} images that nothing before has seen, {test['accuracy']:.1%} are "
-        f"classified right (95% interval {low:.1%} to {high:.1%}).",
-        soft_wrap=True,
+        f"classified right (95% interval {low:.1%} to {high:.1%})."
     )
-    console.print(
-        f"Model: {session.folder / 'best.ckpt'} · all figures: {session.folder / 'result.json'} · "
-        f"every trial: {session.folder / 'history.csv'}",
-        soft_wrap=True,
+    console.print(_whereabouts(session.folder), soft_wrap=True)
+
+
+def _whereabouts(folder: Path) -> str:
+    return (
+        f"Model: {folder / 'best.ckpt'} · all figures: {folder / 'result.json'} · "
+        f"every trial: {folder / 'history.csv'}"
     )
 
 
-def _plain(name: str) -> str:
-    """Keep rich from reading markup in a class's name."""
-    return name.replace("[", "\\[")
+def _versions() -> dict[str, str]:
+    """Return the versions of what takes part; torch's names its build, too."""
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "torch": torch.__version__}
 
 
 def _hardware() -> dict[str, Any]:
@@ -405,7 +468,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    # A file's name need not be text: its bytes stay what they are.
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -413,16 +477,28 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
 
 def main() -> None:
     """Make the final model of a run folder."""
+    words = sys.argv[1:]
+    given = [word for word in words if word.startswith("run=")]
     with one_line_errors():
-        words = {o.key_or_group: o for o in parse(sys.argv[1:])}
-        if "run" not in words:
-            raise UserError("Give the run folder: python -m gatl.final run=outputs/DATE/TIME")
-        folder = Path(str(words.pop("run").value()))
-        others = [override.input_line or "" for override in words.values()]
-        config = checked(compose_resumed(folder, others))
-        console = Console(highlight=False)
-        with opened(config, folder, console) as session:
-            finish(session)
+        if len(given) != 1:
+            raise UserError("Give one run folder: python -m gatl.final run=outputs/DATE/TIME")
+        folder = Path(given[0].removeprefix("run=")).expanduser().absolute()
+        config = checked(compose_resumed(folder, [word for word in words if word not in given]))
+        if not (folder / JOURNAL).is_file():
+            raise UserError(f"{folder} holds no search yet: it has no {JOURNAL}.")
+        console = new_console()
+        if (made := made_before(folder, config, config.n_trials)) is not None:
+            console.print(made, soft_wrap=True)
+            return
+        os.chdir(original_folder(folder))
+        try:
+            with opened(config, folder, console) as session:
+                record = session.study.get_trials(deepcopy=False)
+                History(folder, config.space.names).update(record, session.strategy.generation)
+                finish(session)
+        except KeyboardInterrupt:
+            console.print(f"Stopped. Go on with  {final_command(folder)}", soft_wrap=True)
+            raise
 
 
 if __name__ == "__main__":

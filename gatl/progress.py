@@ -1,14 +1,18 @@
-"""What the user sees of a search while it runs: a live table, or plain lines."""
+"""What the user sees of a run: a live table of the search on a terminal, plain lines elsewhere."""
 
+import contextlib
+import io
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -16,16 +20,34 @@ from gatl.outcome import Outcome
 from gatl.ranking import incumbent
 from gatl.record import outcome_of
 
-ROWS = 12
-"""Trials that the live table shows."""
+ROWS = 16
+"""Trials that the live table shows, where the terminal is high enough."""
 
 SHORT = {
     "included_layers": "included",
     "frozen_layers": "frozen",
     "learning_rate": "lr",
     "weight_decay": "decay",
-    "label_smoothing": "smoothing",
+    "label_smoothing": "smooth",
 }
+"""Names of genes that let all of them stand in 80 columns."""
+
+_QUIET = 30.0
+"""Seconds after which plain output shows that images are still being decoded."""
+
+
+def new_console() -> Console:
+    """Return the console of a command; it prints names and errors as they are.
+
+    Square brackets in them are no markup, and names of files in another
+    encoding than the terminal's are no error. Only a terminal has lines that end
+    somewhere.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def format_value(value: float) -> str:
@@ -40,13 +62,45 @@ def format_genes(genes: Mapping[str, float]) -> str:
     return ", ".join(f"{SHORT.get(k, k)} {format_value(v)}" for k, v in genes.items())
 
 
+def format_loss(loss: float) -> str:
+    """Write a loss in at most eight characters."""
+    return f"{loss:.4f}" if loss < 1000 else f"{loss:.2e}"
+
+
 def format_duration(seconds: float) -> str:
     """Write a duration as a person would say it, such as ``3 min``."""
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def decoding(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show how far the decoding is: a bar on a terminal, now and then a line elsewhere.
+
+    Yields:
+        What to tell how many images are done, and of how many.
+    """
+    printed = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal printed
+        bar.update(task, completed=done, total=total)
+        if bar.disable and time.monotonic() - printed > _QUIET:
+            printed = time.monotonic()
+            console.print(f"{done} of {total} images are decoded ...")
+
+    with Progress(console=console, transient=True, disable=not _is_live(console)) as bar:
+        task = bar.add_task("Decoding images", total=None)
+        yield report
+
+
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class View:
@@ -57,6 +111,7 @@ class View:
         n_trials: The trials that end the search.
         n_workers: Fits at once.
         generation: From a trial's number to its generation, if there are any.
+        seconds: The time budget, which bounds the time left.
     """
 
     def __init__(
@@ -65,17 +120,19 @@ class View:
         n_trials: int,
         n_workers: int,
         generation: Callable[[int], int | None],
+        seconds: float = float("inf"),
     ) -> None:
         self._console, self._n_trials, self._n_workers = console, n_trials, n_workers
         self._generation = generation
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._deadline = time.monotonic() + seconds
+        self._live = Live(console=console, auto_refresh=False) if _is_live(console) else None
         self._running: dict[int, tuple[Mapping[str, float], float]] = {}
         self._recent: deque[FrozenTrial] = deque(maxlen=ROWS)
         self._losses: dict[int, list[float]] = {}  # by generation
         self._open: dict[int, int] = {}  # by generation: trials that have not ended
         self._best: FrozenTrial | None = None
         self._n_ended = 0
-        self._durations: list[float] = []  # of this session's fits
+        self._n_timed, self._seconds = 0, 0.0  # fits that came to an end, and what they took
         for number in range(n_trials):
             group = generation(number)
             if group is not None:
@@ -100,14 +157,12 @@ class View:
 
     def resumed(self, trials: Sequence[FrozenTrial]) -> None:
         """Take up the trials that had ended before this session."""
-        ended = [trial for trial in trials if trial.state.is_finished()]
-        for trial in ended:
-            self._count(trial)
-        if ended and self._best:
-            self._console.print(
-                f"Going on: {len(ended)} of {self._n_trials} trials are done, "
-                f"best val_loss {self._best.value:.4f} (trial {self._best.number})."
-            )
+        for trial in trials:
+            if trial.state.is_finished():
+                self._count(trial)
+        if self._n_ended:
+            done = f"{self._n_ended} of {self._n_trials} trials are done"
+            self._print(f"Going on: {done}{self._so_far}")
 
     def started(self, number: int, genes: Mapping[str, float]) -> None:
         """Show that a fit runs."""
@@ -118,118 +173,131 @@ class View:
         self._running.pop(trial.number, None)
         self._count(trial)
         outcome = outcome_of(trial)
-        if outcome.reused_from is None:
-            self._durations.append(outcome.duration_s)
         if self._live is None:
-            self._console.print(self._line(trial, outcome), soft_wrap=True, highlight=False)
-            if (summary := self._summary(trial)) is not None:
-                self._console.print(summary, soft_wrap=True, highlight=False)
+            self._print(self._line(trial, outcome))
+        elif outcome.error and not outcome.diverged and outcome.reused_from is None:
+            self._print(f"trial {trial.number} failed: {outcome.error}")
+        if (summary := self._summary(trial)) is not None:
+            self._print(summary)
 
     def tick(self) -> None:
         """Draw the live table again."""
         if self._live:
             self._live.update(self._table(), refresh=True)
 
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+
     def _count(self, trial: FrozenTrial) -> None:
         self._n_ended += 1
         self._recent.append(trial)
         self._best = incumbent([trial] if self._best is None else [self._best, trial])
+        outcome = outcome_of(trial)
+        if outcome.val_loss is not None and outcome.reused_from is None:
+            self._n_timed += 1
+            self._seconds += outcome.duration_s
         group = self._generation(trial.number)
         if group is not None:
             self._open[group] = self._open.get(group, 0) - 1
             if trial.state is TrialState.COMPLETE and trial.value is not None:
                 self._losses.setdefault(group, []).append(trial.value)
 
-    def _result(self, trial: FrozenTrial, outcome: Outcome) -> str:
-        result = trial.state.name.lower()
-        if trial.value is not None:
-            result = f"val_loss {trial.value:.4f}, accuracy {outcome.val_accuracy or 0:.1%}"
-        elif outcome.error:
-            result = f"failed: {outcome.error}"
-        if outcome.reused_from is not None:
-            result += f" (as trial {outcome.reused_from})"
-        return result
+    @property
+    def _so_far(self) -> str:
+        """The best so far, as the end of a line."""
+        if self._best is None or self._best.value is None:
+            return ""
+        return f" · best so far {format_loss(self._best.value)} (trial {self._best.number})"
+
+    def _mean(self, group: int) -> str:
+        losses = self._losses.get(group)
+        return f"mean val_loss {format_loss(sum(losses) / len(losses))}" if losses else "all failed"
 
     def _line(self, trial: FrozenTrial, outcome: Outcome) -> str:
+        """Write a trial in one line."""
         group = self._generation(trial.number)
-        where = "" if group is None else f" · generation {group}"
-        time_left = self._time_left()
-        return (
-            f"[{self._n_ended}/{self._n_trials}] trial {trial.number}{where} · {format_genes(trial.params)}"
-            f" · {self._result(trial, outcome)} · {format_duration(outcome.duration_s)}"
-            + (f" · {time_left}" if time_left else "")
-        )
+        if outcome.val_loss is None:
+            result = f"failed: {outcome.error}"
+        else:
+            result = f"val_loss {format_loss(outcome.val_loss)}"
+            result += f", accuracy {outcome.val_accuracy or 0:.1%}"
+        if outcome.reused_from is not None:
+            result += f" (as trial {outcome.reused_from})"
+        parts = [
+            f"[{self._n_ended}/{self._n_trials}] trial {trial.number}",
+            *([] if group is None else [f"generation {group}"]),
+            format_genes(trial.params),
+            result,
+            format_duration(outcome.duration_s),
+            *self._time_left(),
+        ]
+        return " · ".join(parts)
 
     def _summary(self, trial: FrozenTrial) -> str | None:
         """Sum a generation up when its last trial has ended."""
         group = self._generation(trial.number)
-        if group is None or self._open[group] > 0 or self._best is None:
+        if group is None or self._open[group] > 0:
             return None
-        losses = self._losses.get(group, [])
-        mean = f"mean val_loss {sum(losses) / len(losses):.4f}" if losses else "all failed"
-        return (
-            f"generation {group} done · {mean} · best so far {self._best.value:.4f} "
-            f"(trial {self._best.number})"
-        )
+        return f"generation {group} done · {self._mean(group)}{self._so_far}"
 
-    def _time_left(self) -> str:
+    def _time_left(self) -> list[str]:
         left = self._n_trials - self._n_ended
-        if left <= 0 or not self._durations:
-            return ""
-        mean = sum(self._durations) / len(self._durations)
-        return f"about {format_duration(mean * left / self._n_workers)} left"
+        if left <= 0 or not self._n_timed:
+            return []
+        by_trials = self._seconds / self._n_timed * left / self._n_workers
+        seconds = min(by_trials, max(0.0, self._deadline - time.monotonic()))
+        return [f"about {format_duration(seconds)} left"]
 
     def _table(self) -> RenderableType:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        genes = tuple(self._recent[-1].params if self._recent else ())
-        if not genes and self._running:
-            genes = tuple(next(iter(self._running.values()))[0])
-        for column in ("trial", "gen", *(SHORT.get(g, g) for g in genes), "val_loss", "acc", "time"):
+        """Draw what runs, the latest results above it, and where the search stands below."""
+        n_rows = max(4, min(ROWS, self._console.height - 5))
+        running = sorted(self._running.items())[: n_rows // 2]
+        recent = list(self._recent)[-(n_rows - len(running)) :]
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+        genes = [*(trial.params for trial in recent), *(params for _, (params, _) in running)]
+        names = (SHORT.get(gene, gene) for gene in (genes[0] if genes else ()))
+        for column in ("trial", "gen", *names, "val_loss", "acc", "time"):
             table.add_column(column, justify="right", no_wrap=True)
-        for trial in self._recent:
+        for trial in recent:
             outcome = outcome_of(trial)
-            best = self._best is not None and trial.number == self._best.number
-            loss = "failed" if trial.value is None else f"{trial.value:.4f}"
+            if outcome.val_loss is None:
+                loss = "diverged" if outcome.diverged else "failed"
+            else:
+                loss = format_loss(outcome.val_loss)
             accuracy = "" if outcome.val_accuracy is None else f"{outcome.val_accuracy:.1%}"
             spent = format_duration(outcome.duration_s)
             if outcome.reused_from is not None:
                 spent = f"= {outcome.reused_from}"
-            self._row(
-                table, trial.number, trial.params, loss, accuracy, spent, "green" if best else ""
-            )
-        for number, (params, since) in sorted(self._running.items()):
+            best = self._best is not None and trial.number == self._best.number
+            style = "green" if best else ""
+            self._add(table, trial.number, trial.params, (loss, accuracy, spent), style)
+        for number, (params, since) in running:
             spent = format_duration(time.monotonic() - since)
-            self._row(table, number, params, "...", "", spent, "dim")
-        return Group(table, Text(self._status()))
+            self._add(table, number, params, ("...", "", spent), "dim")
+        return Group(table, *(Text(line, no_wrap=True) for line in self._status()))
 
-    def _row(
+    def _add(
         self,
         table: Table,
         number: int,
         genes: Mapping[str, float],
-        loss: str,
-        accuracy: str,
-        spent: str,
+        result: tuple[str, str, str],
         style: str,
     ) -> None:
         group = self._generation(number)
         values = (format_value(value) for value in genes.values())
         table.add_row(
-            *(str(number), "" if group is None else str(group)),
-            *values,
-            *(loss, accuracy, spent),
-            style=style,
+            str(number), "" if group is None else str(group), *values, *result, style=style
         )
 
-    def _status(self) -> str:
-        """The line below the table: where the search stands."""
-        parts = [f"{self._n_ended} of {self._n_trials} trials"]
+    def _status(self) -> list[str]:
+        """The lines below the table: where the search stands."""
+        running = f"{len(self._running)} running"
+        done = [f"{self._n_ended} of {self._n_trials} trials done", running, *self._time_left()]
+        lines = [" · ".join(done)]
         if self._losses:
             group = max(self._losses)
-            losses = self._losses[group]
-            parts.append(f"generation {group}: mean {sum(losses) / len(losses):.4f}")
-        if self._best is not None:
-            parts.append(f"best {self._best.value:.4f} (trial {self._best.number})")
-        if time_left := self._time_left():
-            parts.append(time_left)
-        return " · ".join(parts)
+            lines.append(f"generation {group}: {self._mean(group)}{self._so_far}")
+        elif self._so_far:
+            lines.append(self._so_far.removeprefix(" · "))
+        return lines

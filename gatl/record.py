@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import optuna
+from omegaconf import OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -52,6 +53,18 @@ def held(folder: Path) -> Iterator[None]:
 def resume_command(folder: Path, *overrides: str) -> str:
     """Return what a user types to go on with a run."""
     return shlex.join(["python", "-m", "gatl", f"resume={folder}", *overrides])
+
+
+def original_folder(folder: Path) -> Path:
+    """Return where a run was started: its relative paths begin there.
+
+    Returns:
+        The current folder if that is not known, or is not there any more.
+    """
+    path = folder / ".hydra" / "hydra.yaml"
+    recorded = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    original = Path(str(OmegaConf.select(recorded, "hydra.runtime.cwd", default=Path.cwd())))
+    return original if original.is_dir() else Path.cwd()
 
 
 def _mend(journal: Path) -> None:
@@ -185,5 +198,5 @@ class History:
         csv.writer(text, lineterminator="\n").writerows(rows)
         with self._path.open("r+b") as file:
             file.seek(self._end)
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors="surrogateescape"))
             return file.truncate()

@@ -87,7 +87,7 @@ class Search:
         Raises:
             UserError: If no fit can work, or too many in a row failed.
         """
-        self._since = time.monotonic() - self._study.user_attrs.get(SECONDS, 0.0)
+        self._since = time.monotonic() - float(self._study.user_attrs.get(SECONDS, 0.0))
         deadline = time.monotonic() + self._config.budget.seconds
         self._take_up()
         while True:
@@ -104,6 +104,7 @@ class Search:
                 self._view.tick()
             elif interrupted or late or not (self._queue or self._askable):
                 break  # otherwise all were known already
+        self._study.set_user_attr(SECONDS, self.seconds)
         if interrupted:
             return Ending.INTERRUPTED
         self._cut.clear()  # the final model's fits follow
@@ -178,8 +179,6 @@ class Search:
             self._queue.appendleft(number)
             return
         self._tell(number, outcome)
-        if not outcome.diverged:
-            self._failures = 0 if outcome.error is None else self._failures + 1
         if self._failures >= MAX_FAILURES:
             raise UserError(
                 f"{MAX_FAILURES} trials in a row failed; the last, {number}: {outcome.error} "
@@ -190,6 +189,8 @@ class Search:
     def _tell(self, number: int, outcome: Outcome) -> None:
         tell(self._study, number, outcome)
         self._study.set_user_attr(SECONDS, self.seconds)  # now, for a run that is killed
+        if not outcome.diverged:
+            self._failures = 0 if outcome.error is None else self._failures + 1
         del self._chromosomes[number]
         trials = self._trials
         self._learn(trials[number])

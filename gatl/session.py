@@ -4,7 +4,8 @@ import contextlib
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -18,6 +19,7 @@ from gatl.config import Config
 from gatl.data.images import PreparedData, describe, prepare
 from gatl.evaluation import Evaluator, build_classifier, resolve_precision, silence
 from gatl.models.weights import read_weights
+from gatl.progress import decoding
 from gatl.record import held, open_study
 from gatl.strategies.base import Strategy
 
@@ -35,6 +37,7 @@ class Session:
         evaluator: Runs the fits.
         console: Where the user reads.
         stop: Set when the user asks to stop.
+        cut: Set to make the evaluator's running fits end.
     """
 
     config: Config
@@ -44,7 +47,8 @@ class Session:
     study: optuna.Study
     evaluator: Evaluator
     console: Console
-    stop: Event
+    stop: threading.Event
+    cut: Event
 
 
 @contextlib.contextmanager
@@ -67,52 +71,63 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     resolve_precision(config.trainer)
     read_weights(config.model.weights)
     images = folder / ".images"
-    with held(folder), _interruptible(console) as stop:
-        source = instantiate(config.data.source)
+    with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
             shutil.rmtree(images, ignore_errors=True)  # of a run that was killed
+            source = instantiate(config.data.source)
             images.mkdir()
-            data = prepare(
-                source,
-                image_size=config.data.image_size,
-                split_seed=config.data.split_seed,
-                max_bad=config.data.max_bad,
-                folder=images,
-            )
-            console.print(f"Data: {config.data.name} · {describe(data)}", soft_wrap=True)
+            with decoding(console) as progress:
+                data = prepare(
+                    source,
+                    image_size=config.data.image_size,
+                    split_seed=config.data.split_seed,
+                    max_bad=config.data.max_bad,
+                    folder=images,
+                    progress=progress,
+                )
+            console.print(f"Data: {config.data.name} · {describe(data)}")
             for line in data.skipped[:5]:
-                console.print(f"  left out: {line}", soft_wrap=True, markup=False)
+                console.print(f"  left out: {line}", soft_wrap=True)
             if config.model.weights != "none":  # find out now whether they fit
-                genes = config.space.to_dict(tuple(gene.high for gene in config.space.genes))
-                build_classifier(config, data, genes)
+                largest = config.space.repair([gene.high for gene in config.space.genes])
+                build_classifier(config, data, config.space.to_dict(largest))
             strategy = instantiate(config.search, _partial_=True, _convert_="all")(
                 space=config.space, seed=config.seed, initial=config.initial
             )
             study = open_study(folder, strategy)
-            evaluator = get_class(config.evaluator._target_)(config, data, stop)
-            try:
-                yield Session(config, folder, data, strategy, study, evaluator, console, stop)
-            finally:
-                stop.set()
-                evaluator.close()
+            stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
+            evaluator = get_class(config.evaluator._target_)(config, data, cut)
+            with _on_signals(_asking(stop, console)):
+                try:
+                    yield Session(
+                        config, folder, data, strategy, study, evaluator, console, stop, cut
+                    )
+                finally:
+                    cut.set()
+                    evaluator.close()
         finally:
             shutil.rmtree(images, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _interruptible(console: Console) -> Iterator[Event]:
-    """Let Ctrl-C (and SIGTERM) ask the fits to stop; a second one stops at once."""
-    stop = multiprocessing.get_context("spawn").Event()
+def _asking(stop: threading.Event, console: Console) -> Callable[[int, FrameType | None], None]:
+    """Return a signal handler that asks to stop, and the second time stops at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        console.print("Stopping after what is being written; Ctrl-C again stops at once.")
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
+            console.print("Stopping after what is being written; Ctrl-C again stops at once.")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    return ask
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call a handler."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -1,11 +1,14 @@
-"""Loading torchvision's DenseNet state dicts."""
+"""Loading weights by torchvision's DenseNets and by gatl.pretrain."""
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.densenet import DenseNet
@@ -13,12 +16,24 @@ from torchvision.models.densenet import DenseNet
 from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
 from gatl.models.se_densenet import SEDenseNet, se_densenet
-from gatl.models.weights import load_torchvision_densenet
+from gatl.models.weights import (
+    CARD_KEY,
+    Weights,
+    describe_se,
+    load,
+    load_torchvision_densenet,
+    load_weights,
+    read_safetensors,
+)
 
 BLOCKS = (6, 12, 24, 16)
 
 
-def build(n_layers: int, placement: Literal["block", "none"] = "block") -> SEDenseNet:
+def build(
+    n_layers: int,
+    placement: Literal["block", "layer", "none"] = "block",
+    init: Literal["identity", "kaiming"] = "identity",
+) -> SEDenseNet:
     return se_densenet(
         n_layers,
         5,
@@ -27,7 +42,7 @@ def build(n_layers: int, placement: Literal["block", "none"] = "block") -> SEDen
         init_features=24,
         block_config=BLOCKS,
         se_placement=placement,
-        se_init="identity",
+        se_init=init,
         dropout_at="head",
     )
 
@@ -133,3 +148,162 @@ def test_another_backbone() -> None:
     )
     with pytest.raises(UserError, match="not the chosen model"):
         load_torchvision_densenet(network, torchvisions())
+
+
+def own(network: SEDenseNet) -> Weights:
+    """What gatl.pretrain writes of a network, in 16 bits."""
+    placement, gate = describe_se(network)
+    tensors = {
+        name: value.half()
+        for name, value in network.state_dict().items()
+        if value.is_floating_point() and not name.startswith("classifier.")
+    }
+    return Weights(tensors, {"se": {"placement": placement, "gate": gate}})
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> SEDenseNet:
+    """A whole network in which no tensor is as it was initialised."""
+    torch.manual_seed(1)
+    network = build(58)
+    with torch.no_grad():
+        for value in network.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(torch.rand(value.shape))
+    return network
+
+
+def test_own_weights_of_the_whole_network(pretrained: SEDenseNet) -> None:
+    network, weights = build(58), own(pretrained)
+    report = load(network, weights)
+    assert report.left_random == ("classifier.weight", "classifier.bias")
+    assert report.unused == report.notes == ()
+    assert report.loaded == len(weights.tensors)
+    assert network.fixed_neck
+    loaded = network.state_dict()
+    assert all(torch.equal(loaded[name], v.float()) for name, v in weights.tensors.items())
+    assert str(report) == f"{report.loaded} tensors loaded; new: classifier; 0 not used"
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "cut_se"), [(1, [0]), (6, []), (7, [6]), (18, []), (57, [56])]
+)
+def test_own_weights_of_a_cut_network(
+    pretrained: SEDenseNet, n_layers: int, cut_se: list[int]
+) -> None:
+    torch.manual_seed(2)
+    network, weights = build(n_layers), own(pretrained)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    report = load(network, weights)
+    assert not network.fixed_neck
+    assert {int(name.split(".")[1]) for name in report.left_random if ".se." in name} == set(cut_se)
+    rest = [name for name in report.left_random if ".se." not in name]
+    neck = [f"neck.norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")]
+    assert rest == [*neck, "classifier.weight", "classifier.bias"]
+    for name, value in network.state_dict().items():
+        if name in report.left_random:
+            assert torch.equal(value, before[name])
+        elif name in weights.tensors:
+            assert torch.equal(value, weights.tensors[name].float())
+    assert report.loaded + len(report.unused) == len(weights.tensors)
+    assert ("SE of 1 layers" in str(report)) == bool(cut_se)
+
+
+@pytest.mark.parametrize(
+    ("placement", "init", "theirs"),
+    [
+        ("layer", "identity", "se.placement=block, gate 2*sigmoid"),
+        ("block", "kaiming", "se.placement=block, gate 2*sigmoid"),
+        ("none", "identity", "se.placement=block, gate 2*sigmoid"),
+        ("block", "identity", None),
+    ],
+)
+def test_se_is_loaded_only_where_it_means_the_same(
+    pretrained: SEDenseNet,
+    placement: Literal["block", "layer", "none"],
+    init: Literal["identity", "kaiming"],
+    theirs: str | None,
+) -> None:
+    network, weights = build(58, placement, init), own(pretrained)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    report = load(network, weights)
+    se = {name for name in before if ".se." in name}
+    if theirs is None:
+        assert report.notes == ()
+        assert not se & set(report.left_random)
+        return
+    assert len(report.notes) == 1
+    assert theirs in report.notes[0]
+    assert f"model's se.placement={placement}" in report.notes[0]
+    assert se <= set(report.left_random)
+    assert all(torch.equal(network.state_dict()[name], before[name]) for name in se)
+    assert {name for name in weights.tensors if ".se." in name} <= set(report.unused)
+    assert "\n" not in str(report)
+
+
+def test_se_of_an_unknown_kind_is_left_out(pretrained: SEDenseNet) -> None:
+    report = load(build(58), Weights(own(pretrained).tensors))
+    assert "the weights' is unknown" in report.notes[0]
+    assert load(build(58, "none"), own(build(58, "none"))).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda t: {n: v for n, v in t.items() if ".transition." not in n}, r"blocks of \[58\]"),
+        (lambda t: {n: v for n, v in t.items() if "layers.57." not in n}, r"24, 15\] layers"),
+        (lambda t: {n: v for n, v in t.items() if n != "stem.conv.weight"}, "nothing for stem"),
+        (lambda t: t | {"stem.conv.weight": torch.zeros(2, 3, 7, 7)}, r"has the shape \(2, 3"),
+        (lambda t: {"conv1.weight": t["stem.conv.weight"]}, "first name is 'conv1.weight'"),
+    ],
+    ids=["blocks", "short", "incomplete", "width", "resnet"],
+)
+def test_another_networks_own_weights(
+    pretrained: SEDenseNet,
+    other: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    message: str,
+) -> None:
+    network, weights = build(3), own(pretrained)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load(network, Weights(other(dict(weights.tensors)), weights.card))
+    assert not network.fixed_neck
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_own_weights_in_another_backbone(pretrained: SEDenseNet) -> None:
+    network = LayeredNetwork(
+        nn.Identity(), [nn.Identity()], nn.Flatten(), 3, 2, 0.0, fixed_neck=True
+    )
+    with pytest.raises(UserError, match="not the chosen model"):
+        load(network, own(pretrained))
+
+
+def test_weights_from_a_file(pretrained: SEDenseNet, tmp_path: Path) -> None:
+    weights = own(pretrained)
+    path = tmp_path / "own.safetensors"
+    save_file(dict(weights.tensors), path, metadata={CARD_KEY: json.dumps(weights.card)})
+    assert read_safetensors(path).card == weights.card
+    report = load_weights(build(20), str(path))
+    assert report is not None
+    assert report.notes == ()
+    plain = tmp_path / "plain.safetensors"
+    save_file(torchvisions(), plain)
+    report = load_weights(build(20), str(plain))
+    assert report is not None
+    assert "features.norm5.weight" in report.unused
+    assert load_weights(build(20), "none") is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "card", "list", "missing"])
+def test_a_damaged_file(pretrained: SEDenseNet, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "own.safetensors"
+    card = {"card": "{", "list": "[]"}.get(damage, "{}")
+    save_file(dict(own(pretrained).tensors), path, metadata={CARD_KEY: card})
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "missing":
+        path.unlink()
+    with pytest.raises(UserError, match=r"own\.safetensors") as error:
+        load_weights(build(20), str(path))
+    assert "\n" not in str(error.value)

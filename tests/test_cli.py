@@ -1,0 +1,263 @@
+"""Composing with overrides, what is said when it fails, and the command itself."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from gatl.cli import compose, compose_resumed, one_line_errors, parse, split_jobs
+from gatl.config import checked
+from gatl.errors import UserError
+
+DATA = "cifar10, cifar100, digits, fashion_mnist, flowers, folder"
+NO_OVERRIDE = "is no override: write KEY=VALUE"
+SEVERAL = (
+    "gives several values: sweep over them with python -m gatl -m, or write one list as [a,b]."
+)
+
+MESSAGES = {
+    ("ga.pops=4",): "ga.pops is no setting (nearest: ga.pop); see python -m gatl --help.",
+    ("gap.pop=4",): "gap.pop is no setting (nearest: ga.pop); see python -m gatl --help.",
+    ("dropout=0.5",): "dropout is no setting (nearest: space.dropout); see python -m gatl --help.",
+    ("ga={pops: 4}",): "ga.pops is no setting (nearest: ga.pop); see python -m gatl --help.",
+    ("foo=1",): "foo is no setting; see python -m gatl --help.",
+    ("hydra.foo=1",): "hydra.foo is no setting; see python -m gatl --help.",
+    ("space.weight_decay.low=0",): (
+        "space.weight_decay.low: add the gene whole, +space.weight_decay={low: LOW, high: HIGH}."
+    ),
+    ("data=flower",): f"data=flower is no choice (nearest: flowers); there are: {DATA}",
+    ("data=null",): f"data must be one of {DATA}, but got None.",
+    ("experiment=3",): "experiment must be one of original, quickstart, but got 3.",
+    ("+ga.pop=4",): "ga.pop is set already: leave out the +.",
+    ("+data=flowers",): "data is set already: leave out the +.",
+    ("ga.pop=4,6",): f"ga.pop=4,6 {SEVERAL}",
+    ("ga=default,original",): f"ga=default,original {SEVERAL}",
+    ("seed=range(1,3)",): f"seed=range(1,3) {SEVERAL}",
+    ("seed=1", "ga.pop"): f"'ga.pop' {NO_OVERRIDE}; a value",
+    ("=",): f"'=' {NO_OVERRIDE}.",
+    ("ga.pop=(",): f"'ga.pop=(' {NO_OVERRIDE}; a value",
+    ("data.root=/home/jürgen",): f"'data.root=/home/jürgen' {NO_OVERRIDE}; a value with blanks",
+}
+
+
+@pytest.mark.parametrize("overrides", MESSAGES, ids=" ".join)
+def test_what_cannot_be_composed_is_one_line(overrides):
+    with pytest.raises(UserError) as raised:
+        compose(overrides)
+    assert str(raised.value).startswith(MESSAGES[overrides])
+    assert "\n" not in str(raised.value)
+
+
+def test_quotes_carry_any_letter():
+    assert compose(['data.root="/home/jürgen/my photos"']).data.root == "/home/jürgen/my photos"
+
+
+def test_parse_keeps_the_order():
+    keys = [override.key_or_group for override in parse(["seed=1", "data=digits", "+a.b=2"])]
+    assert keys == ["seed", "data", "a.b"]
+
+
+def test_jobs_of_a_sweep_are_the_product():
+    assert split_jobs(["ga.pop=4,6", "seed=range(1,3)", "data=digits"]) == [
+        ["ga.pop=4", "seed=1", "data=digits"],
+        ["ga.pop=4", "seed=2", "data=digits"],
+        ["ga.pop=6", "seed=1", "data=digits"],
+        ["ga.pop=6", "seed=2", "data=digits"],
+    ]
+    assert split_jobs(["ga=glob(o*)"]) == [["ga=original"]]
+    assert split_jobs([]) == [[]]
+
+
+def test_what_only_another_sweeper_draws_is_left_to_it():
+    draws = "space.dropout.high=interval(0.2,0.9)"
+    assert split_jobs(["hydra/sweeper=basic", draws, "seed=1,2"]) == [
+        ["hydra/sweeper=basic", "seed=1"],
+        ["hydra/sweeper=basic", "seed=2"],
+    ]
+    with pytest.raises(UserError, match="needs another sweeper"):
+        split_jobs([draws])
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """The folder of a run with a setting that differs from the default."""
+    path = tmp_path / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    OmegaConf.save(compose(["experiment=quickstart", "seed=7", "final.seeds=1"]), path)
+    return tmp_path
+
+
+def test_resumed_configuration_is_the_runs_own(run_folder):
+    resumed = checked(compose_resumed(run_folder, []))
+    assert resumed == checked(compose(["experiment=quickstart", "seed=7", "final.seeds=1"]))
+
+
+def test_budget_evaluator_logger_and_final_may_change_on_resume(run_folder):
+    before = checked(compose_resumed(run_folder, []))
+    overrides = [
+        "budget.time=1h",
+        "budget.trials=5",
+        "evaluator=local",
+        "evaluator.workers=2",
+        "logger=tensorboard",
+        "logger.default_hp_metric=true",  # of the new choice
+        "+logger.log_graph=false",
+        "final={top_k: 1}",
+    ]
+    after = checked(compose_resumed(run_folder, overrides))
+    assert (after.budget.seconds, after.n_trials, after.evaluator.workers) == (3600, 5, "2")
+    assert after.logger == {
+        "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
+        "default_hp_metric": True,
+        "log_graph": False,
+    }
+    assert (after.final.top_k, after.final.seeds) == (1, 1)
+    for group in ("seed", "data", "model", "space", "search", "initial", "ga", "trainer"):
+        assert getattr(after, group) == getattr(before, group)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=8", "seed=8 cannot change on resume"),
+        ("data=flowers", "data=flowers cannot change on resume"),
+        ("+space.weight_decay={value: 0}", "+space.weight_decay={value: 0} cannot change on"),
+        ("hydra.run.dir=x", "hydra.run.dir=x cannot change on resume"),
+        ("~budget.time", "~budget.time cannot change on resume"),
+        ("logger.foo=1", "logger.foo is no setting (nearest: logger)"),
+        ("final.sead=1", "final.sead is no setting (nearest: final.seeds)"),
+        ("logger=wandb", "logger=wandb is no choice; there are: csv, tensorboard"),
+        ("final.seeds=1,2", f"final.seeds=1,2 {SEVERAL}"),
+        ("budget", f"'budget' {NO_OVERRIDE}"),
+    ],
+)
+def test_what_may_not_change_on_resume(run_folder, override, message):
+    with pytest.raises(UserError) as raised:
+        compose_resumed(run_folder, [override])
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no run folder: it has no .hydra/config.yaml."),
+        ("a: [", "cannot be read"),
+        ("- 1", "is no configuration"),
+        ("\xff", "cannot be read"),
+    ],
+)
+def test_folder_that_is_no_run(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / ".hydra").mkdir()
+        (tmp_path / ".hydra" / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as raised:
+        checked(compose_resumed(tmp_path, []))
+    assert str(tmp_path) in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_user_error_is_one_line_and_status_1(capsys, monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise UserError("a\n  b")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "gatl: a b\n"
+
+
+def test_user_error_that_hydra_wraps_is_found(capsys, monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    target = {"_target_": "gatl.data.folder.load", "root": "/nowhere"}
+    with pytest.raises(SystemExit), one_line_errors():
+        instantiate(target)
+    line = capsys.readouterr().err
+    assert line.startswith("gatl: data.root=/nowhere ")
+    with pytest.raises(SystemExit), one_line_errors():
+        instantiate({"_target_": "gatl.nothing"})
+    line = capsys.readouterr().err
+    assert "gatl.nothing" in line
+    assert line.count("\n") == 1
+
+
+def test_full_error_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError), one_line_errors():
+        raise UserError("a")
+    with pytest.raises(InstantiationException), one_line_errors():
+        instantiate({"_target_": "gatl.nothing"})
+
+
+def test_other_errors_pass():
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        _ = 1 / 0
+
+
+def gatl(folder: Path, *words: str, full: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    environment |= {"HYDRA_FULL_ERROR": "1"} if full else {}
+    return subprocess.run(
+        [sys.executable, "-m", "gatl", *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ga.pop=1"],
+        ["ga.pops=4"],
+        ["data=folder"],
+        ["-m", "ga.pop=4,1"],
+        ["-m", "ga.pop=4,", "seed=interval(0,1)"],
+        ["resume=nowhere"],
+        ["-m", "resume=nowhere"],
+        ["--cfg", "job", "ga.pops=4"],
+    ],
+    ids=" ".join,
+)
+def test_typing_error_is_one_line_at_once_and_leaves_nothing(tmp_path, words):
+    start = time.monotonic()
+    done = gatl(tmp_path, *words)
+    assert time.monotonic() - start < 3
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("gatl: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traceback_on_request(tmp_path):
+    assert "Traceback" in gatl(tmp_path, "ga.pop=1", full=True).stderr
+
+
+def test_help_names_choices_overrides_and_examples(tmp_path):
+    text = gatl(tmp_path, "--help").stdout
+    assert f"\ndata: {DATA}\n" in text
+    assert "_base" not in text
+    for word in ("ga.pop", "budget.time", "space.GENE.low", "experiment=quickstart", "resume="):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_names_keys_that_exist(tmp_path):
+    text = gatl(tmp_path, "--help").stdout
+    named = text.partition("Overrides people use")[2].partition("Examples")[0].splitlines()[1:]
+    cfg = compose([])
+    for key in " ".join(named).split():
+        group, _, leaf = key.replace("GENE", "dropout").rpartition(".")
+        assert leaf in (OmegaConf.select(cfg, group) if group else cfg), key
+
+
+def test_cfg_prints_what_was_composed(tmp_path):
+    done = gatl(tmp_path, "--cfg", "job", "seed=3", "experiment=quickstart")
+    assert OmegaConf.create(done.stdout) == compose(["seed=3", "experiment=quickstart"])
+    assert list(tmp_path.iterdir()) == []

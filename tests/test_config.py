@@ -1,0 +1,408 @@
+"""The checked configuration, composed from the real ``conf/``."""
+
+import contextlib
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from gatl.chromosome import Gene
+from gatl.cli import compose, parse
+from gatl.config import Config, checked, parse_seconds
+from gatl.errors import UserError
+
+
+def config(*overrides: str) -> Config:
+    return checked(compose(overrides))
+
+
+def error(*overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        config(*overrides)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    return compose([])
+
+
+def gene(name: str, *overrides: str) -> Gene:
+    return next(gene for gene in config(*overrides).space.genes if gene.name == name)
+
+
+WHOLE, NUMBER = "a whole number", "a number"
+TIME = "a duration such as 90s, 15m, 2h or 1h30m"
+WORKERS = "auto or a whole number in [1, 1024]"
+
+# override: what the value must be
+RANGES = {
+    "seed=-1": "in [0, 4294967296)",
+    "seed=4294967296": "in [0, 4294967296)",
+    "seed=1.5": "a whole number in [0, 4294967296)",
+    "seed=true": "a whole number in [0, 4294967296)",
+    "seed=null": "a whole number in [0, 4294967296)",
+    "seed=[1]": "a whole number in [0, 4294967296)",
+    "data.image_size=0": "in [1, 4096]",
+    "data.image_size=4097": "in [1, 4096]",
+    "data.batch_size=1": "at least 2",
+    "data.batch_size=1e9": WHOLE,
+    "data.batch_size=inf": WHOLE,
+    "data.split_seed=-1": "in [0, 4294967296)",
+    "data.split_seed=4294967296": "in [0, 4294967296)",
+    "data.augment=rotate": "one of none, flip, crop_flip, trivial",
+    "data.class_weights=maybe": "true or false",
+    "data.max_bad=-0.1": "in [0, 1]",
+    "data.max_bad=1.1": "in [0, 1]",
+    "data.max_bad=nan": "in [0, 1]",
+    "data.source=3": "a group of settings",
+    "data.source._target_=null": "the dotted name of a class or function",
+    "model.n_layers=0": "at least 1",
+    "model.n_freezable=-1": "in [0, 58]",
+    "model.n_freezable=59": "in [0, 58]",
+    "model.min_image_size=0": "at least 1",
+    "model.image_size=31": "at least 32",
+    "model.dropout_at=tail": "one of head, layers",
+    "model.se.placement=stem": "one of block, layer, none",
+    "model.se.init=zero": "one of identity, kaiming",
+    "model.mean=[1,2]": "three numbers",
+    "model.mean=[nan,0,0]": "three numbers",
+    "model.mean=3": "a list of numbers",
+    "model.mean=[a,b,c]": "a list of numbers",
+    "model.std=[0,1,1]": "three numbers above 0",
+    "model.std=[1,inf,1]": "three numbers above 0",
+    "model.network._target_=null": "the dotted name of a class or function",
+    "model.weights=null": "a text",
+    "ga.pop=1": "at least 2",
+    "ga.pop=0": "at least 2",
+    "ga.pop=": WHOLE,
+    "ga.pop=2.5": WHOLE,
+    "ga.pop=true": WHOLE,
+    "ga.pop=[4]": WHOLE,
+    "ga.pop={a: 1}": WHOLE,
+    "ga.generations=0": "at least 1",
+    "ga.tournament_size=0": "in [1, 12]",
+    "ga.tournament_size=99": "in [1, 12]",
+    "ga.crossover_prob=1.1": "in [0, 1]",
+    "ga.crossover_prob=often": NUMBER,
+    "ga.mutation_prob=-0.1": "in [0, 1]",
+    "ga.mutation_prob=nan": "in [0, 1]",
+    "ga.n_elites=12": "in [0, 11]",
+    "ga.n_elites=-1": "in [0, 11]",
+    "ga.duplicate_retries=1001": "in [0, 1000]",
+    "trainer.max_epochs=0": "at least 1",
+    "trainer.accelerator=tpu": "one of auto, cpu, gpu, mps",
+    "trainer.precision=16": "one of auto, 32, bf16-mixed, 16-mixed",
+    "trainer.deterministic=perhaps": "true or false",
+    "evaluator.workers=0": WORKERS,
+    "evaluator.workers=-1": WORKERS,
+    "evaluator.workers=1.5": WORKERS,
+    "evaluator.workers=1025": WORKERS,
+    "evaluator.workers=many": WORKERS,
+    "evaluator.threads=0": "in [1, 1024]",
+    "evaluator.threads=1025": "in [1, 1024]",
+    "logger._target_=null": "the dotted name of a class or function",
+    "search._target_=null": "the dotted name of a class or function",
+    "budget.trials=0": "at least 1",
+    "budget.trials=few": "a whole number or null",
+    "budget.time=0": TIME,
+    "budget.time=-3s": TIME,
+    "budget.time=soon": TIME,
+    "budget.time=": TIME,
+    "budget.time=1s1h": TIME,
+    "budget.time=[1]": "a text or null",
+    "budget=5": "a group of settings",
+    "final.top_k=0": "at least 1",
+    "final.seeds=0": "at least 1",
+    "final.max_epochs=0": "at least 1",
+    "final.patience=0": "at least 1",
+    "search.initial=3": "a list of chromosomes",
+    "search.initial=[3]": "a list of chromosomes",
+    "space.included_layers.low=0": "a whole number in [1, 58]",
+    "space.included_layers.high=59": "a whole number in [1, 58]",
+    "space.included_layers.low=1.5": "a whole number in [1, 58]",
+    "space.included_layers.value=inf": "a whole number in [1, 58]",
+    "space.frozen_layers.high=59": "a whole number in [0, 58]",
+    "space.learning_rate.low=0": "a number in (0, 1]",
+    "space.learning_rate.high=1.1": "a number in (0, 1]",
+    "space.dropout.high=1": "a number in [0, 1)",
+    "space.dropout.low=nan": "a number in [0, 1)",
+    "space.dropout.value=a": "a number or null",
+    "space.dropout.log=maybe": "true or false",
+    "space.dropout=3": "a group of settings",
+    "+space.weight_decay={low: 0, high: 2}": "a number in [0, 1]",
+}
+
+
+@pytest.mark.parametrize(("override", "allowed"), RANGES.items())
+def test_value_out_of_range_is_refused_in_one_line_that_says_what_is_allowed(
+    override, allowed, default
+):
+    (parsed,) = parse([override])
+    key, cfg = parsed.key_or_group, default.copy()  # composing anew takes 0.1 s
+    OmegaConf.update(cfg, key, parsed.value(), force_add=True)
+    with pytest.raises(UserError) as raised:
+        checked(cfg)
+    message = str(raised.value)
+    assert message.startswith(key)
+    assert f" must be {allowed}, but got " in message
+    assert "\n" not in message
+
+
+# Overrides whose message does not follow the pattern "KEY must be ..., but got ...".
+MESSAGES = {
+    ("data=folder",): "data.root is required: give data.root=VALUE.",
+    ("data=folder", "data.root=null"): (
+        "data.root is required with data=folder: give data.root=PATH."
+    ),
+    ("~seed",): "seed is required: give seed=VALUE.",
+    ("seed=???",): "seed is required: give seed=VALUE.",
+    ("~ga",): "ga is required: give ga=VALUE.",
+    ("~final.seeds",): "final.seeds is required: give final.seeds=VALUE.",
+    ("+sed=1",): (
+        "sed is no setting; there are seed, data, model, space, search, ga, trainer, evaluator, "
+        "logger, budget, final."
+    ),
+    ("+ga.size=1",): (
+        "ga.size is no setting: ga has pop, generations, tournament_size, crossover_prob, "
+        "mutation_prob, n_elites, duplicate_retries."
+    ),
+    ("++resume=outputs",): ("resume=RUN_FOLDER goes on with a run only as it stands, without +."),
+    ("ga.pop=${x}",): "The configuration cannot be resolved: Interpolation key 'x' not found.",
+    ("model=se_densenet121_k12", "data.image_size=31"): (
+        "data.image_size must be at least 32 for model=se_densenet121_k12, but got 31."
+    ),
+    ("ga.pop=4", "ga.n_elites=4"): "ga.n_elites must be in [0, 3], but got 4.",
+    ("space.dropout.low=0.9", "space.dropout.high=0.1"): (
+        "space.dropout: low <= high must hold, but got (low=0.9, high=0.1)."
+    ),
+    ("space.dropout.low=0", "space.dropout.log=true"): (
+        "space.dropout: low must be above 0 when log=true, but got 0."
+    ),
+    ("space.frozen_layers.low=2",): (
+        "space.frozen_layers.low <= space.included_layers.low must hold, because nothing behind "
+        "the last included layer can be frozen, but got (frozen_layers.low=2, "
+        "included_layers.low=1); raise the second."
+    ),
+    ("~space.dropout",): "space.dropout is missing; fix it with space.dropout.value=VALUE.",
+    ("+space.weight_decay.low=0",): "space.weight_decay needs low and high, or one value.",
+    ("+space.momentum={low: 0, high: 1}",): (
+        "space.momentum is no gene that the classifier understands; it understands "
+        "included_layers, frozen_layers, learning_rate, dropout, weight_decay, label_smoothing."
+    ),
+    ("search.initial=[{depth: 1}]",): (
+        "search.initial names the gene 'depth', but the space has included_layers, "
+        "frozen_layers, learning_rate, dropout."
+    ),
+    ("search.initial=[{dropout: high}]",): (
+        "search.initial dropout must be a finite number, but got 'high'."
+    ),
+    ("search.initial=[{dropout: nan}]",): (
+        "search.initial dropout must be a finite number, but got nan."
+    ),
+    ("ga.pop=2", "ga.n_elites=0", "search.initial=[{}, {}, {}]"): (
+        "search.initial must have at most ga.pop=2 chromosomes, but got 3."
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides", MESSAGES, ids=" ".join)
+def test_message(overrides):
+    assert error(*overrides) == MESSAGES[overrides]
+
+
+def test_defaults_are_what_conf_says():
+    cfg = config()
+    assert (cfg.seed, cfg.data.name, cfg.model.name) == (0, "digits", "se_densenet121")
+    assert cfg.data.image_size == cfg.model.image_size == 224
+    assert cfg.search["_target_"] == "gatl.strategies.genetic.Genetic"
+    assert "initial" not in cfg.search
+    plain, frozen = cfg.initial
+    assert plain == {
+        "included_layers": 58,
+        "frozen_layers": 0,
+        "learning_rate": 1e-3,
+        "dropout": 0.5,
+    }
+    assert frozen == plain | {"frozen_layers": 18}
+    assert cfg.space.genes == (
+        Gene("included_layers", 1, 58),
+        Gene("frozen_layers", 0, 18),
+        Gene("learning_rate", 1e-6, 1e-1, log=True),
+        Gene("dropout", 0.1, 0.9),
+    )
+    assert cfg.budget.seconds == math.inf
+
+
+def test_trials_are_pop_plus_offspring_without_elites():
+    overrides = ["ga.pop=10", "ga.generations=5", "ga.n_elites=3"]
+    assert config(*overrides).n_trials == 10 + 4 * (10 - 3)
+    assert config(*overrides, "budget.trials=7").n_trials == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("0.5", 0.5),
+        ("90s", 90),
+        ("1.5s", 1.5),
+        ("15m", 900),
+        ("2h", 7200),
+        ("1.5h", 5400),
+        ("1d", 86400),
+        ("1h30m", 5400),
+        ("1d2h3m4s", 93784),
+        ("1m30", 90),
+        ("'2h'", 7200),
+    ],
+)
+def test_budget_time(text, seconds):
+    assert config(f"budget.time={text}").budget.seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "0h", "-1s", "1x", "1h 30m", "m1", "nan", "inf", "1e3s"])
+def test_no_duration(text):
+    with pytest.raises(UserError, match=r"budget\.time must be a duration"):
+        parse_seconds(text)
+
+
+def test_space_is_narrowed_fixed_and_grown_without_code():
+    assert gene("dropout", "space.dropout.high=0.5") == Gene("dropout", 0.1, 0.5)
+    fixed = gene("learning_rate", "space.learning_rate.value=1e-3")
+    assert fixed == Gene("learning_rate", 1e-3, 1e-3)
+    whole = gene("included_layers", "space.included_layers.value=42")
+    assert whole == Gene("included_layers", 42, 42)
+    assert isinstance(whole.low, int)
+    added = "+space.weight_decay={low: 1e-6, high: 1e-2, log: true}"
+    assert gene("weight_decay", added) == Gene("weight_decay", 1e-6, 1e-2, log=True)
+    assert config(added).space.names[-1] == "weight_decay"
+    both = ("space.frozen_layers.value=5", "space.included_layers.low=5")
+    assert gene("frozen_layers", *both) == Gene("frozen_layers", 5, 5)
+
+
+def test_fixed_gene_is_not_held_to_a_logarithm():
+    assert gene("frozen_layers", "space.frozen_layers.log=true", "space.frozen_layers.value=0")
+    assert gene("weight_decay", "+space.weight_decay={value: 0, log: true}").low == 0
+
+
+def test_frozen_may_reach_beyond_the_default_up_to_the_last_layer():
+    assert gene("frozen_layers", "space.frozen_layers.high=58").high == 58
+
+
+def test_initial_chromosomes_may_leave_genes_out_or_be_none():
+    assert config("search.initial=[{dropout: 0.2}]").initial == ({"dropout": 0.2},)
+    assert config("search.initial=[]").initial == ()
+    assert config("search.initial=null").initial == ()
+
+
+def test_experiments_and_presets():
+    quick = config("experiment=quickstart")
+    assert (quick.data.name, quick.model.name, quick.data.image_size) == (
+        "digits",
+        "se_densenet121_k12",
+        32,
+    )
+    original = config("ga=original")
+    assert (original.ga.n_elites, original.initial) == (0, ())
+    assert config("experiment=original").model.se["init"] == "kaiming"
+
+
+def test_checked_leaves_what_it_was_given_as_it_was():
+    composed = compose([])
+    before = OmegaConf.to_yaml(composed)
+    checked(composed)
+    assert OmegaConf.to_yaml(composed) == before
+
+
+def test_configuration_is_immutable_to_the_bottom():
+    cfg = config()
+    for part in (cfg, *(getattr(cfg, field.name) for field in dataclasses.fields(cfg))):
+        if dataclasses.is_dataclass(part):
+            name = dataclasses.fields(part)[0].name
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, name, 1)
+
+
+def test_typing_error_needs_no_torch():
+    script = (
+        "import sys; from gatl.cli import compose; from gatl.config import checked\n"
+        "checked(compose(['experiment=quickstart']))\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+KEYS = [
+    "seed",
+    "data",
+    "data.root",
+    "data.image_size",
+    "data.batch_size",
+    "data.max_bad",
+    "data.source",
+    "model",
+    "model.se",
+    "model.mean",
+    "model.n_layers",
+    "ga",
+    "ga.pop",
+    "ga.n_elites",
+    "ga.mutation_prob",
+    "search.initial",
+    "space",
+    "space.dropout",
+    "space.dropout.low",
+    "space.included_layers.value",
+    "space.weight_decay",
+    "space.weight_decay.low",
+    "trainer.precision",
+    "trainer.deterministic",
+    "evaluator.workers",
+    "evaluator.threads",
+    "logger",
+    "logger._target_",
+    "budget",
+    "budget.time",
+    "budget.trials",
+    "final.seeds",
+    "experiment",
+    "resume",
+    "foo",
+    "data.foo",
+    "hydra.run.dir",
+]
+EDGES = (
+    "null ??? true 0 -1 1 1.5 1e9 1e400 nan -inf auto 32 ü '' 'ä' [] [3] [a,b] {} {a:1} [{}] [[1]] "
+    "{low:0,high:1} [{dropout:1}] [{1:2}] {_target_:x} ${x} ${seed} ${ga} ${data.root} "
+    '${oc.env:NO_SUCH} 1,2 range(1,3) digits default ( = " a=b @ ~'
+)
+VALUES = st.one_of(
+    st.sampled_from(EDGES.split()),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=5),
+)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUES),
+        min_size=1,
+        max_size=2,
+    )
+)
+def test_any_override_is_accepted_or_refused_in_one_line(overrides):
+    lines = [f"{sign}{key}" + ("" if sign == "~" else f"={v}") for sign, key, v in overrides]
+    with contextlib.suppress(UserError):
+        assert isinstance(config(*lines), Config)
+        return
+    error(*lines)

@@ -1,0 +1,367 @@
+"""Whole runs of the command, most of them in processes of their own."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gatl import __main__
+
+N_TRIALS = 10
+OVERRIDES = (
+    "data=folder",
+    "model=se_densenet121_k12",
+    "data.image_size=32",
+    "trainer.accelerator=cpu",
+    "space.included_layers.high=4",
+    "space.frozen_layers.high=1",
+    "ga.pop=4",
+    "ga.generations=4",  # 4 + 3 * (4 - 2) trials
+    "trainer.max_epochs=1",
+    "final.max_epochs=2",
+    "final.seeds=1",
+    "final.top_k=1",
+)
+SPY = """
+from hydra.experimental.callback import Callback
+
+class Spy(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_job_end(self, config, job_return, **kwargs):
+        with open(self.path, "a") as file:
+            print(job_return.return_value, file=file)
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of three classes of 16 images."""
+    root = tmp_path_factory.mktemp("data") / "my photos"
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("[red]", "green = 2", "blue")):
+        (root / name).mkdir(parents=True)
+        for i in range(16):
+            pixels = rng.integers(0, 150, (32, 32, 3), np.uint8)
+            pixels[:, :, label] += 60
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def start(*words, cwd, module="gatl", **env):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    for name in ("FORCE_COLOR", "HYDRA_FULL_ERROR"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *words],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment | env,
+    )
+
+
+def complete(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, (out, err)
+    return out, err
+
+
+def history(folder):
+    """Return the rows of history.csv but for their durations."""
+    with (folder / "history.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "duration_s"} for row in csv.DictReader(file)]
+
+
+def until(holds, process):
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def n_rows(folder):
+    path = folder / "history.csv"
+    return path.read_text().count("\n") - 1 if path.exists() else 0
+
+
+def in_this_process(monkeypatch, capfd, *words, module=__main__):
+    """Run a command here; return its exit status and what it prints."""
+    monkeypatch.setattr(sys, "argv", ["gatl", *words])
+    try:
+        module.main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory, photos):
+    """A multirun over two seeds and one job that fails, with one worker."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "spy.py").write_text(SPY)
+    out, err = complete(
+        start(
+            "-m",
+            *OVERRIDES,
+            f'data.root="{photos}"',
+            "evaluator.workers=1",
+            "seed=0,1",
+            f"hydra.sweep.dir={folder}/jobs",
+            "+hydra.callbacks.spy._target_=spy.Spy",
+            f"+hydra.callbacks.spy.path={folder}/returned",
+            cwd=folder,
+            PYTHONPATH=str(folder),
+        )
+    )
+    assert err == ""
+    return folder
+
+
+@pytest.fixture(scope="module")
+def once(sweep):
+    return sweep / "jobs" / "0"
+
+
+def test_a_multirun_makes_a_folder_a_job_and_returns_the_best_val_loss(sweep):
+    returned = [float(line) for line in (sweep / "returned").read_text().splitlines()]
+    assert len(returned) == 2
+    for job, value in enumerate(returned):
+        folder = sweep / "jobs" / str(job)
+        assert json.loads((folder / "result.json").read_text())["seed"] == job
+        assert value == min(float(row["val_loss"]) for row in history(folder) if row["val_loss"])
+
+
+def test_another_seed_is_another_search(sweep, once):
+    assert len(history(once)) == N_TRIALS
+    assert history(sweep / "jobs" / "1") != history(once)
+
+
+def test_a_run_leaves_what_the_contract_names(once):
+    assert {path.name for path in once.iterdir()} == {
+        *(".hydra", "study.journal", "history.csv", "trials", "result.json", "final", "best.ckpt"),
+    }
+    evaluated = {row["number"] for row in history(once) if not row["reused_from"]}
+    assert {path.name for path in (once / "trials").iterdir()} == evaluated
+    for number in evaluated:
+        names = {path.name for path in (once / "trials" / number).iterdir()}
+        assert names == {"metrics.csv", "hparams.yaml"}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, photos):
+    """A run of two workers that was killed, in a folder whose name needs quotes."""
+    cwd = tmp_path_factory.mktemp("killed")
+    folder = cwd / "a run = 1"
+    process = start(
+        *OVERRIDES,
+        f'data.root="{os.path.relpath(photos, cwd)}"',
+        "evaluator.workers=2",
+        f'hydra.run.dir="{folder}"',
+        cwd=cwd,
+    )
+    until(lambda: n_rows(folder) >= 2, process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while True:  # its workers end by themselves
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert n_rows(folder) < N_TRIALS
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(killed, tmp_path_factory):
+    """The killed run, gone on with from elsewhere, and stopped by Ctrl-C; with what it printed."""
+    before = n_rows(killed)
+    process = start(
+        f"resume={os.path.relpath(killed, killed.parent.parent)}/",
+        "evaluator.workers=2",
+        cwd=killed.parent.parent,
+    )
+    until(lambda: n_rows(killed) > before, process)
+    second, refusal = complete(start(f"resume={killed}", cwd=killed.parent), 1)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = complete(process, 130)
+    return out, err, refusal
+
+
+def test_a_second_driver_is_refused_in_one_line(interrupted, killed):
+    refusal = interrupted[2]
+    assert refusal == (
+        f"gatl: {killed} is in use by another run: wait for its end, or stop it with Ctrl-C.\n"
+    )
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(interrupted, killed):
+    out, err, _ = interrupted
+    assert err == ""
+    assert "Going on: " in out
+    last = out.splitlines()[-1]
+    assert last.startswith("Stopped. Go on with  python -m gatl 'resume=")
+    assert not (killed / ".images").exists()
+
+
+@pytest.fixture(scope="module")
+def resumed(interrupted, killed):
+    """The run after the command that Ctrl-C printed."""
+    line = interrupted[0].splitlines()[-1].split("  ")[1]
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "gatl"]
+    complete(start(*words[3:], cwd=killed.parent))
+    return killed
+
+
+def test_killed_interrupted_and_with_two_workers_it_is_the_same_search(resumed, once):
+    assert history(resumed) == history(once)
+    one, other = (json.loads((f / "result.json").read_text()) for f in (resumed, once))
+    assert one["test"] == other["test"]
+    assert one["best"] == other["best"]
+
+
+def test_a_finished_run_is_not_done_again(resumed, monkeypatch, capfd):
+    before = {path: path.stat().st_mtime_ns for path in resumed.rglob("*")}
+    code, out, err = in_this_process(monkeypatch, capfd, f"resume={resumed}")
+    assert (code, err) == (0, "")
+    assert out.startswith("Nothing is left to do: ")
+    assert out.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in resumed.rglob("*")} == before
+
+
+def test_a_folder_that_holds_a_run_is_not_used_for_another(once, monkeypatch, capfd):
+    before = (once / ".hydra" / "config.yaml").read_bytes()
+    code, out, err = in_this_process(monkeypatch, capfd, "seed=7", f"hydra.run.dir={once}")
+    assert (code, out) == (1, "")
+    assert "holds a run already: go on with  python -m gatl resume=" in err
+    assert err.count("\n") == 1
+    assert (once / ".hydra" / "config.yaml").read_bytes() == before
+
+
+def test_a_spent_time_budget_still_ends_with_a_tested_model(tmp_path, photos, monkeypatch, capfd):
+    code, out, err = in_this_process(
+        monkeypatch,
+        capfd,
+        *OVERRIDES,
+        f'data.root="{photos}"',
+        "budget.time=0.01s",
+        "evaluator.workers=1",
+        f"hydra.run.dir={tmp_path}/run",
+    )
+    assert (code, err) == (0, "")
+    assert "The search has ended: the time budget is spent" in out
+    assert len(history(tmp_path / "run")) == 1
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trials"] == 1
+    assert result["test"]["n"] > 0
+
+
+def test_a_job_of_a_sweep_that_fails_does_not_end_the_others(tmp_path, photos, monkeypatch, capfd):
+    code, out, err = in_this_process(
+        monkeypatch,
+        capfd,
+        "-m",
+        *OVERRIDES,
+        f'data.root="{tmp_path}/missing","{photos}"',
+        "budget.trials=1",
+        "evaluator.workers=1",
+        f"hydra.sweep.dir={tmp_path}/jobs",
+    )
+    assert code == 1
+    assert f"data.root={tmp_path}/missing does not exist" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "jobs" / "0").exists()
+    assert (tmp_path / "jobs" / "1" / "result.json").exists()
+
+
+def few(photos, folder, classes, images):
+    for name in sorted(path.name for path in photos.iterdir())[:classes]:
+        (folder / name).mkdir(parents=True)
+        for path in sorted((photos / name).iterdir())[:images]:
+            (folder / name / path.name).write_bytes(path.read_bytes())
+    return [f'data.root="{folder}"']
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (lambda p, t: [f"data.root={t}/missing"], "does not exist"),
+        (lambda p, t: few(p, t / "one", 1, 16), "2 or more classes"),
+        (lambda p, t: few(p, t / "few", 3, 2), "at least"),
+        (lambda p, t: [f'data.root="{p}"', "trainer.precision=16-mixed"], "needs a GPU"),
+        (lambda p, t: [f'data.root="{p}"', "trainer.accelerator=gpu"], "torch sees no GPU"),
+        (lambda p, t: [f'data.root="{p}"', "model.weights=missing.pt"], "missing.pt"),
+    ],
+    ids=["missing", "one-class", "few-images", "16-mixed", "gpu", "weights"],
+)
+def test_a_mistake_is_one_line_and_leaves_no_run_folder(
+    tmp_path, photos, monkeypatch, capfd, words, said
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run = tmp_path / "run"
+    code, out, err = in_this_process(
+        monkeypatch, capfd, *OVERRIDES, *words(photos, tmp_path), f"hydra.run.dir={run}"
+    )
+    assert code == 1
+    assert err.startswith("gatl: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["resume=nowhere"], "nowhere is no run folder"),
+        (["resume=a", "resume=b"], "resume= goes on with one run"),
+        (["-m", "resume=a", "seed=1,2"], "resume= goes on with one run"),
+        (["ga.pop=1"], "ga.pop must be"),
+    ],
+)
+def test_a_typing_error_is_one_line(tmp_path, monkeypatch, capfd, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = in_this_process(monkeypatch, capfd, *words)
+    assert (code, out) == (1, "")
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_cannot_change_its_seed(once, monkeypatch, capfd):
+    code, out, err = in_this_process(monkeypatch, capfd, f"resume={once}", "seed=3")
+    assert (code, out) == (1, "")
+    assert "seed=3 cannot change on resume" in err
+
+
+def test_output_into_a_pipe_that_closes_is_no_traceback(tmp_path, photos):
+    with start(
+        *OVERRIDES,
+        f'data.root="{photos}"',
+        "evaluator.workers=1",
+        f"hydra.run.dir={tmp_path}/run",
+        cwd=tmp_path,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert not (tmp_path / "run" / ".images").exists()

@@ -1,0 +1,483 @@
+"""From a chromosome to its outcome: reproducible, silent, and failing in good order."""
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from gatl import evaluation
+from gatl.classifier import Classifier
+from gatl.cli import compose
+from gatl.config import Config, TrainerConfig, checked
+from gatl.data.images import PreparedData, prepare
+from gatl.data.source import Source, Split, in_memory
+from gatl.errors import UserError
+from gatl.evaluation import (
+    Fit,
+    Fitter,
+    LocalEvaluator,
+    fit_seed,
+    resolve_precision,
+    silence,
+)
+from gatl.outcome import Outcome
+from gatl.session import opened
+from gatl.streams import Purpose
+
+OVERRIDES = (
+    "model.n_layers=4",
+    "model.n_freezable=2",
+    "model.network.growth_rate=4",
+    "model.network.init_features=8",
+    "model.network.block_config=[2,2]",
+    "data.image_size=32",
+    "data.batch_size=8",
+    "data.augment=crop_flip",
+    "trainer.accelerator=cpu",
+)
+GENES = {"included_layers": 3, "frozen_layers": 1, "learning_rate": 1e-2, "dropout": 0.3}
+OTHER = {"included_layers": 4, "frozen_layers": 0, "learning_rate": 1e-3, "dropout": 0.1}
+FOREVER = 10**6
+FIT_SEED = 325503755
+
+
+def configure(*overrides: str) -> Config:
+    return checked(compose([*OVERRIDES, *overrides]))
+
+
+def fit(folder: Path, genes: dict[str, float] = GENES, epochs: int = 1, seed: int = 3) -> Fit:
+    return Fit(genes, epochs, seed, folder)
+
+
+def same(outcome: Outcome) -> Outcome:
+    """Return an outcome without its duration, which nothing determines."""
+    return dataclasses.replace(outcome, duration_s=0)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    silence()
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return configure()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    def split(n: int, seed: int) -> Split:
+        rng = np.random.default_rng(seed)
+        return in_memory(
+            rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 2, str(seed)
+        )
+
+    source = Source(("a", "b"), split(24, 0), split(10, 1), split(4, 2))
+    folder = tmp_path_factory.mktemp("images")
+    return prepare(source, image_size=32, split_seed=0, max_bad=0, folder=folder)
+
+
+@pytest.fixture
+def stop() -> Event:
+    return multiprocessing.get_context("spawn").Event()
+
+
+@pytest.fixture
+def fitter(config: Config, data: PreparedData, stop: Event) -> Fitter:
+    return Fitter(config, data, stop)
+
+
+def failing_fit(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(lightning.Trainer, "fit", broken)
+
+
+# Seeds
+
+
+def test_fit_seed_depends_on_its_arguments_alone():
+    genes = {"included_layers": 3, "dropout": 0.5}
+    seeds = {
+        fit_seed(seed, purpose, g, index)
+        for seed in (0, 1, 2**32 - 1)
+        for purpose in (Purpose.FIT, Purpose.REEVALUATION, Purpose.FINAL)
+        for g in (genes, genes | {"dropout": 0.25}, genes | {"included_layers": 4})
+        for index in (0, 1)
+    }
+    assert len(seeds) == 3 * 3 * 3 * 2
+    assert all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    turned = {"dropout": 0.5, "included_layers": 3}
+    assert fit_seed(0, Purpose.FIT, genes) == fit_seed(0, Purpose.FIT, turned, 0)
+
+
+def test_fit_seed_stays_what_it_was():
+    """A run that is resumed by a later version goes on as it would have."""
+    assert fit_seed(7, Purpose.FIT, GENES) == FIT_SEED
+
+
+# One fit
+
+
+def test_outcome_of_a_fit(fitter, tmp_path):
+    outcome = fitter(fit(tmp_path / "0", OTHER, epochs=3))
+    assert outcome.error is None
+    assert not outcome.diverged
+    assert not outcome.stopped
+    assert outcome.epochs == 3
+    assert outcome.duration_s > 0
+    assert 0 <= outcome.val_accuracy <= 1
+    assert outcome.trainable_params == outcome.total_params > 1000
+    rows = (tmp_path / "0" / "metrics.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    table = [dict(zip(columns, map(float, row.split(",")), strict=True)) for row in rows[1:]]
+    assert len(table) == 3
+    best = min(table, key=lambda row: row["val_loss"])
+    assert outcome.val_loss == pytest.approx(best["val_loss"], rel=1e-6)
+    assert outcome.val_accuracy == pytest.approx(best["val_accuracy"], rel=1e-6)
+    assert {"train_loss", "val_loss", "val_accuracy", "val_f1", "epoch"} <= set(columns)
+    hparams = (tmp_path / "0" / "hparams.yaml").read_text()
+    assert "learning_rate: 0.001" in hparams
+
+
+def test_val_loss_is_the_lowest_epochs(config, data, stop, tmp_path, monkeypatch):
+    losses = iter([0.7, 0.4, 0.9])
+    compute = evaluation.Classifier.on_validation_epoch_end
+
+    def prescribed(self: Classifier) -> None:
+        compute(self)
+        self.epochs[-1] |= {"val_loss": next(losses), "val_accuracy": len(self.epochs)}
+
+    monkeypatch.setattr(Classifier, "on_validation_epoch_end", prescribed)
+    outcome = Fitter(config, data, stop)(fit(tmp_path / "0", epochs=3))
+    assert (outcome.val_loss, outcome.val_accuracy, outcome.epochs) == (0.4, 2, 3)
+
+
+def test_same_chromosome_and_seed_give_the_same_bits_whatever_ran_before(fitter, tmp_path):
+    first = fitter(fit(tmp_path / "0", epochs=2))
+    fitter(fit(tmp_path / "1", OTHER, seed=8))
+    torch.rand(3)
+    assert same(fitter(fit(tmp_path / "2", epochs=2))) == same(first)
+    assert fitter(fit(tmp_path / "3", epochs=2, seed=4)).val_loss != first.val_loss
+
+
+def test_longer_fit_continues_a_shorter_one(config, data, stop, tmp_path):
+    def metrics(epochs: int) -> list[str]:
+        folder = tmp_path / str(epochs)
+        Fitter(config, data, stop)(fit(folder, epochs=epochs))
+        return (folder / "metrics.csv").read_text().splitlines()
+
+    assert metrics(4)[:3] == metrics(2)
+
+
+def test_frozen_and_total_parameters(fitter, tmp_path):
+    outcome = fitter(fit(tmp_path / "0", {**GENES, "frozen_layers": 3}))
+    n_features = (8 + 4 + 4) // 2 + 4  # stem, two layers, transition, a layer
+    assert outcome.trainable_params == 2 * n_features + 2  # the classifier alone
+    assert outcome.total_params > outcome.trainable_params
+
+
+def test_second_fit_into_a_folder_leaves_its_own_log(fitter, tmp_path):
+    """A trial that was cut off is evaluated again under its own number."""
+    fitter(fit(tmp_path / "0", epochs=2))
+    fitter(fit(tmp_path / "0", epochs=1))
+    assert len((tmp_path / "0" / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_tensorboard_writes_events(data, stop, tmp_path):
+    pytest.importorskip("tensorboard")
+    config = configure("logger=tensorboard")
+    assert Fitter(config, data, stop)(fit(tmp_path / "0")).error is None
+    assert list((tmp_path / "0").glob("events.out.tfevents.*"))
+    assert (tmp_path / "0" / "hparams.yaml").is_file()
+
+
+def test_bf16_mixed_fit(data, stop, tmp_path):
+    outcome = Fitter(configure("trainer.precision=bf16-mixed"), data, stop)(fit(tmp_path / "0"))
+    assert outcome.error is None
+    exact = Fitter(configure("trainer.precision=32"), data, stop)(fit(tmp_path / "1"))
+    assert outcome.val_loss == pytest.approx(exact.val_loss, rel=0.1)
+    assert outcome.val_loss != exact.val_loss
+
+
+SCRIPT = """
+import multiprocessing, pickle, sys
+from pathlib import Path
+from gatl.evaluation import Fitter, silence
+config, data, fits = pickle.loads(sys.stdin.buffer.read())
+silence()
+fitter = Fitter(config, data, multiprocessing.get_context("spawn").Event())
+outcomes = [fitter(fit) for fit in fits]
+Path(sys.argv[1]).write_bytes(pickle.dumps(outcomes))
+"""
+
+
+def test_fits_print_nothing_and_equal_those_of_another_process(fitter, config, data, tmp_path):
+    fits = [fit(tmp_path / str(i), genes) for i, genes in enumerate((GENES, OTHER))]
+    result = tmp_path / "outcomes"
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", SCRIPT, str(result)],
+        input=pickle.dumps((config, data, fits)),
+        capture_output=True,
+        check=False,
+    )
+    assert done.stdout == b""
+    lines = done.stderr.decode().splitlines()
+    assert [line for line in lines if "lightning" in line or "Trainer" in line] == []
+    assert lines == []
+    assert [same(o) for o in pickle.loads(result.read_bytes())] == [same(fitter(f)) for f in fits]
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("mat1 and mat2\nshapes"), "RuntimeError: mat1 and mat2"),
+        (RuntimeError("bad allocation of layers"), "RuntimeError: bad allocation of layers"),
+        (KeyError("alloc"), "KeyError: 'alloc'"),
+        (ValueError(), "ValueError: no message"),
+    ],
+)
+def test_failure_is_an_outcome_with_its_reason(fitter, tmp_path, monkeypatch, error, reason):
+    failing_fit(monkeypatch, error)
+    assert fitter(fit(tmp_path / "0")) == Outcome(error=reason)
+    trace = (tmp_path / "0" / "error.txt").read_text()
+    assert trace.startswith("Traceback")
+    assert type(error).__name__ in trace
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_want_of_memory_is_told_in_the_users_terms(fitter, tmp_path, monkeypatch, error):
+    failing_fit(monkeypatch, error)
+    reason = "out of memory: lower data.batch_size or data.image_size"
+    assert fitter(fit(tmp_path / "0")) == Outcome(error=reason)
+
+
+def test_real_want_of_memory_on_a_cpu(fitter, tmp_path, monkeypatch):
+    for allocate in (torch.empty, np.empty):
+        monkeypatch.setattr(lightning.Trainer, "fit", lambda *a, make=allocate, **k: make(2**58))
+        assert fitter(fit(tmp_path / "0")).error.startswith("out of memory")
+
+
+def test_divergence_is_a_result(fitter, tmp_path):
+    outcome = fitter(fit(tmp_path / "0", GENES | {"learning_rate": 1e30}))
+    assert outcome.diverged
+    assert outcome.error.startswith("diverged: ")
+    assert outcome.val_loss is None
+    assert not (tmp_path / "0" / "error.txt").exists()
+
+
+def test_user_error_of_a_network_passes(data, stop, tmp_path):
+    config = configure("model.n_layers=5")
+    with pytest.raises(UserError, match=r"included_layers must be in \[1, 4\]"):
+        Fitter(config, data, stop)(fit(tmp_path / "0", GENES | {"included_layers": 5}))
+
+
+def test_logger_that_cannot_be_made_ends_the_search(data, stop, tmp_path):
+    evaluator = LocalEvaluator(
+        configure("logger._target_=no.such.Logger", "evaluator.workers=1"), data, stop
+    )
+    evaluator.submit(0, fit(tmp_path / "0"))
+    with pytest.raises(UserError, match="The logger cannot be made") as raised:
+        evaluator.wait(60)
+    assert "\n" not in str(raised.value)
+    evaluator.close()
+
+
+def test_fit_is_cut_off_in_training(fitter, stop, tmp_path):
+    threading.Timer(0.5, stop.set).start()
+    start = time.monotonic()
+    assert fitter(fit(tmp_path / "0", epochs=FOREVER)) == Outcome(stopped=True)
+    assert 0.4 < time.monotonic() - start < 5
+
+
+def test_fit_is_cut_off_in_validation(fitter, stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "EVAL_BATCH_SIZE", 1)
+    seen = []
+    step = Classifier.validation_step
+
+    def stopping(self: Classifier, batch: Any, batch_idx: int) -> None:
+        seen.append(batch_idx)
+        stop.set()
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "validation_step", stopping)
+    assert fitter(fit(tmp_path / "0")).stopped
+    assert seen == [0]
+
+
+# Devices
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "gpu", "native_bf16", "expected"),
+    [
+        ("auto", "auto", False, False, "32-true"),
+        ("cpu", "auto", True, True, "32-true"),
+        ("auto", "auto", True, True, "bf16-mixed"),
+        ("auto", "auto", True, False, "16-mixed"),
+        ("gpu", "auto", True, True, "bf16-mixed"),
+        ("gpu", "32", True, True, "32-true"),
+        ("auto", "16-mixed", True, True, "16-mixed"),
+        ("auto", "bf16-mixed", False, False, "bf16-mixed"),
+        ("auto", "16-mixed", False, False, "trainer.precision=16-mixed needs a GPU"),
+        ("cpu", "16-mixed", True, True, "trainer.precision=16-mixed needs a GPU"),
+        ("gpu", "auto", False, False, "trainer.accelerator=gpu, but torch sees no GPU"),
+        ("mps", "auto", False, False, "trainer.accelerator=mps, but torch sees no MPS"),
+    ],
+)
+def test_precision(monkeypatch, accelerator, precision, gpu, native_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: gpu and (including_emulation or native_bf16),
+    )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    config = TrainerConfig(1, accelerator, precision, False)
+    if " " in expected:
+        with pytest.raises(UserError, match=expected):
+            resolve_precision(config)
+    else:
+        assert resolve_precision(config) == expected
+
+
+def test_half_precision_on_a_cpu_is_refused_before_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = checked(compose(["trainer.precision=16-mixed", "data=folder", "data.root=nowhere"]))
+    with pytest.raises(UserError, match="needs a GPU"), opened(config, tmp_path, Console()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("gib", "cores", "overrides", "workers"),
+    [
+        (1000, 8, [], 8),
+        (1000, 8, ["evaluator.threads=3"], 2),
+        (1000, 2, ["evaluator.threads=3"], 1),
+        (4, 8, [], 3),
+        (0.1, 8, [], 1),
+        (20, 8, ["data.batch_size=32", "data.image_size=224"], 3),
+        (1, 8, ["evaluator.workers=5"], 5),
+    ],
+)
+def test_workers_are_as_many_as_cores_and_memory_allow(
+    data, stop, monkeypatch, gib, cores, overrides, workers
+):
+    class Memory:
+        available = int(gib * 2**30)
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    evaluator = LocalEvaluator(configure(*overrides), data, stop)
+    assert evaluator.n_workers == evaluator.n_free == workers
+    evaluator.close()
+
+
+# Workers
+
+
+def drain(evaluator: LocalEvaluator, n: int) -> dict[int, Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    deadline = time.monotonic() + 100
+    while len(outcomes) < n and time.monotonic() < deadline:
+        outcomes |= dict(evaluator.wait(0.2))
+    return outcomes
+
+
+def test_thread_evaluates_as_this_process_does(fitter, data, stop, tmp_path):
+    threads = torch.get_num_threads()
+    evaluator = LocalEvaluator(configure("evaluator.workers=1"), data, stop)
+    evaluator.submit(7, fit(tmp_path / "7"))
+    assert evaluator.n_free == 0
+    outcomes = drain(evaluator, 1)
+    assert evaluator.n_free == 1
+    assert same(outcomes[7]) == same(fitter(fit(tmp_path / "0")))
+    assert evaluator.wait(0) == []
+    evaluator.close()
+    assert torch.get_num_threads() == threads
+
+
+def kill(evaluator: LocalEvaluator, worker: int) -> None:
+    (process,) = evaluator._pools[worker]._processes.values()  # type: ignore[attr-defined]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.fixture
+def processes(data: PreparedData, stop: Event) -> Iterator[LocalEvaluator]:
+    evaluator = LocalEvaluator(configure("evaluator.workers=2"), data, stop)
+    yield evaluator
+    stop.set()
+    evaluator.close()
+
+
+def test_worker_processes(fitter, processes, stop, tmp_path):
+    expected = [same(fitter(fit(tmp_path / f"x{i}", g))) for i, g in enumerate((GENES, OTHER))]
+    # They give the bits that one thread gives.
+    processes.submit(0, fit(tmp_path / "0", GENES))
+    processes.submit(1, fit(tmp_path / "1", OTHER))
+    assert processes.n_free == 0
+    outcomes = drain(processes, 2)
+    assert [same(outcomes[0]), same(outcomes[1])] == expected
+    assert (tmp_path / "1" / "metrics.csv").is_file()
+
+    # One that dies idle is replaced; one that dies at work is too, and its fit starts again.
+    idle = processes._idle[0]
+    kill(processes, idle)
+    while not processes._pools[idle]._broken:  # type: ignore[attr-defined]
+        time.sleep(0.01)
+    processes.submit(2, fit(tmp_path / "2", GENES))
+    kill(processes, idle)
+    other = processes._idle[0]
+    processes.submit(3, fit(tmp_path / "3", epochs=FOREVER))
+    outcomes = drain(processes, 1)
+    assert {key: same(o) for key, o in outcomes.items()} == {2: expected[0]}
+
+    # A fit whose worker dies twice has failed; the other worker goes on.
+    processes.submit(4, fit(tmp_path / "4"))
+    kill(processes, idle)
+    while processes._lost.get(4) != 1:
+        assert processes.wait(0.1) == []
+    kill(processes, idle)
+    outcomes = drain(processes, 1)
+    reason = "its worker process died twice, killed perhaps for want of memory"
+    assert outcomes == {4: Outcome(error=reason)}
+
+    # On request the rest ends, be it because its worker got the signal too.
+    stop.set()
+    processes.submit(5, fit(tmp_path / "5"))
+    kill(processes, idle)
+    assert idle != other
+    assert drain(processes, 2) == {3: Outcome(stopped=True), 5: Outcome(stopped=True)}

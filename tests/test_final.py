@@ -1,0 +1,530 @@
+"""The final model: re-evaluation, retraining, test, and what is written of them."""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from optuna.trial import TrialState
+from rich.console import Console
+from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
+
+from gatl import final
+from gatl.classifier import Classifier, Diverged
+from gatl.cli import compose
+from gatl.config import checked
+from gatl.data.images import prepare
+from gatl.data.source import Source, Split
+from gatl.errors import UserError
+from gatl.evaluation import fit_seed, silence
+from gatl.final import finish, measure, reevaluate
+from gatl.outcome import Outcome
+from gatl.record import open_study, tell
+from gatl.session import Session
+from gatl.streams import Purpose
+
+CLASSES = ("[red]", "b=ü, c", "plain")
+OVERRIDES = (
+    "data=digits",
+    "model=se_densenet121_k12",
+    "data.image_size=32",
+    "data.batch_size=16",
+    "trainer.accelerator=cpu",
+    "space.included_layers.high=3",
+    "space.frozen_layers.high=1",
+    "trainer.max_epochs=2",
+    "final.top_k=3",
+    "final.seeds=2",
+    "final.max_epochs=3",
+)
+
+
+class FakeEvaluator:
+    """Answers at once; `evaluate` sees the fit and its index among all fits."""
+
+    n_workers = 2
+
+    def __init__(self, evaluate):
+        self.evaluate = evaluate
+        self.fits = []
+        self._waiting = []
+
+    @property
+    def n_free(self):
+        return self.n_workers - len(self._waiting)
+
+    def submit(self, key, fit):
+        self._waiting.append((key, self.evaluate(fit, len(self.fits))))
+        self.fits.append(fit)
+
+    def wait(self, timeout):
+        ended, self._waiting = self._waiting, []
+        return ended
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three classes of 20 images, each with a colour of its own."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    images = rng.integers(0, 120, (60, 32, 32, 3), np.uint8)
+    for i, label in enumerate(labels):
+        images[i, :, :, label] += 100
+    names = [f"{CLASSES[label]}/fl\udcf6wer {i}.png" for i, label in enumerate(labels)]
+    source = Source(CLASSES, Split(list(images), labels, names))
+    folder = tmp_path_factory.mktemp("images")
+    return prepare(source, image_size=32, split_seed=0, max_bad=0.0, folder=folder)
+
+
+def session_in(
+    folder, data, evaluate=lambda fit, i: Outcome(0.5), losses=(0.9, 0.5, 0.7, 0.6, 0.5)
+):
+    """Return a session whose search has ended with these losses; None is a failure."""
+    silence()
+    config = checked(compose(OVERRIDES))
+    strategy = instantiate(config.search, _partial_=True, _convert_="all")(
+        space=config.space, seed=config.seed, initial=config.initial
+    )
+    study = open_study(folder, strategy)
+    for number, loss in enumerate(losses):
+        study.ask(strategy.distributions())
+        error = "OSError: no space" if loss is None else None
+        tell(study, number, Outcome(loss, error=error, duration_s=1.0))
+    return Session(
+        config,
+        folder,
+        data,
+        strategy,
+        study,
+        FakeEvaluator(evaluate),
+        Console(file=io.StringIO(), width=250, markup=False, highlight=False),
+        threading.Event(),
+        threading.Event(),
+    )
+
+
+def printed(session):
+    return session.console.file.getvalue()
+
+
+def genes_of(session, number):
+    trial = session.study.get_trials()[number]
+    return session.config.space.to_dict(session.config.space.from_dict(trial.params))
+
+
+def favouring(session, number):
+    """Return an evaluate function to which one trial's chromosome is the best."""
+    favourite = genes_of(session, number)
+    return lambda fit, i: Outcome(0.1 if fit.genes == favourite else 0.2 + i / 100)
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logits_of(classifier, split):
+    """Return what a classifier makes of a split, by its own account of the preprocessing."""
+    preprocessing = classifier.hparams["preprocessing"]
+    mean, std = (torch.tensor(preprocessing[name]) for name in ("mean", "std"))
+    images = torch.from_numpy(np.array(split.images.array))
+    with torch.no_grad():
+        return classifier.eval()(((images / 255 - mean) / std).permute(0, 3, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, data):
+    """A session that has made its final model."""
+    session = session_in(tmp_path_factory.mktemp("run"), data)
+    session.evaluator.evaluate = favouring(session, 3)
+    assert finish(session) == 0.5
+    return session
+
+
+@pytest.fixture(scope="module")
+def result(made):
+    return json.loads((made.folder / "result.json").read_text())
+
+
+# Re-evaluation.
+
+
+def test_the_best_distinct_are_evaluated_with_fresh_seeds(tmp_path, data):
+    session = session_in(tmp_path, data)
+    candidates = reevaluate(session, session.study.get_trials())
+    assert [candidate.trial.number for candidate in candidates] == [1, 4, 3]
+    fits = session.evaluator.fits
+    assert [fit.genes for fit in fits] == [genes_of(session, n) for n in (1, 1, 4, 4, 3, 3)]
+    assert all(fit.epochs == 2 for fit in fits)
+    seeds = {fit.seed for fit in fits}
+    assert len(seeds) == 6
+    assert not seeds & {fit_seed(0, Purpose.FIT, genes_of(session, n)) for n in range(5)}
+    assert len({fit.folder for fit in fits}) == 6
+
+
+def test_equal_chromosomes_are_one_candidate(tmp_path, data):
+    session = session_in(tmp_path, data)
+    record = session.study.get_trials()
+    record[4].params = record[1].params
+    record[4].value = 0.4
+    candidates = reevaluate(session, record)
+    assert [candidate.trial.number for candidate in candidates] == [4, 3, 2]
+
+
+def test_the_best_mean_wins_whatever_the_search_said(made, result):
+    assert result["best"] == {"genes": genes_of(made, 3), "val_loss": 0.6, "trial": 3}
+    means = {entry["trial"]: entry["mean"] for entry in result["reevaluation"]}
+    assert means == {1: pytest.approx(0.205), 4: pytest.approx(0.225), 3: 0.1}
+
+
+def test_a_failed_reevaluation_loses(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data)
+    best = genes_of(session, 1)
+    session.evaluator.evaluate = lambda fit, i: (
+        Outcome(error="diverged", diverged=True) if fit.genes == best and i == 1 else Outcome(0.9)
+    )
+    candidates = reevaluate(session, session.study.get_trials())
+    assert [candidate.mean for candidate in candidates] == [float("inf"), 0.9, 0.9]
+
+
+def test_an_interrupted_reevaluation_goes_on_where_it_was(tmp_path, data):
+    session = session_in(tmp_path, data)
+
+    def evaluate(fit, i):
+        if i == 2:
+            session.stop.set()
+        return Outcome(stopped=True) if i >= 2 else Outcome(i / 10)
+
+    session.evaluator.evaluate = evaluate
+    with pytest.raises(KeyboardInterrupt):
+        finish(session)
+    assert session.cut.is_set()
+    n_begun = len(session.evaluator.fits)
+    again = session_in(tmp_path, data, lambda fit, i: Outcome(0.5), losses=())
+    candidates = reevaluate(again, again.study.get_trials())
+    assert n_begun == 4
+    assert len(again.evaluator.fits) == 4
+    assert candidates[0].val_losses == (0.0, 0.1)
+    assert candidates[2].val_losses == (0.5, 0.5)
+
+
+# What a test says.
+
+
+def test_the_interval_is_wilsons():
+    """Wilson (1927): (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n); 8 of 10 are right."""
+    logits = torch.eye(2)[[0] * 8 + [1] * 2]
+    test = measure(logits, np.zeros(10, np.int64), ("a", "b"))
+    assert test["accuracy"] == 0.8
+    assert test["accuracy_ci95"] == pytest.approx([0.490162, 0.943318], abs=1e-6)
+
+
+def test_the_figures_are_those_of_scikit_learn():
+    rng = np.random.default_rng(1)
+    logits = torch.from_numpy(rng.normal(size=(50, 4))).float()
+    labels = rng.integers(0, 3, 50)  # class 3 has no image
+    test = measure(logits, labels, ("a", "b", "c", "d"))
+    predicted = logits.numpy().argmax(1)
+    probabilities = torch.softmax(logits, 1).numpy().astype(np.float64)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    assert test["n"] == 50
+    assert test["loss"] == pytest.approx(log_loss(labels, probabilities, labels=range(4)), 1e-5)
+    assert test["accuracy"] == accuracy_score(labels, predicted)
+    options = {"labels": range(4), "average": None, "zero_division": 0}
+    f1 = f1_score(labels, predicted, **options)
+    assert test["f1_macro"] == pytest.approx(f1.mean())
+    assert [row["class"] for row in test["per_class"]] == ["a", "b", "c", "d"]
+    assert [row["f1"] for row in test["per_class"]] == pytest.approx(f1)
+    for name, score in (("precision", precision_score), ("recall", recall_score)):
+        expected = score(labels, predicted, **options)
+        assert [row[name] for row in test["per_class"]] == pytest.approx(expected)
+    assert [row["n"] for row in test["per_class"]] == np.bincount(labels, minlength=4).tolist()
+
+
+# What is written.
+
+
+def test_result_json_has_what_the_contract_names(result):
+    assert result.keys() >= {
+        *("best", "test", "trials", "evaluations", "seconds", "seed", "versions", "hardware")
+    }
+    assert result["best"].keys() == {"genes", "val_loss", "trial"}
+    assert result["test"].keys() >= {
+        *("loss", "accuracy", "accuracy_ci95", "f1_macro", "per_class")
+    }
+    assert result["trials"] == 5
+    assert result["evaluations"] == 5
+    assert result["seed"] == 0
+    assert result["classes"] == list(CLASSES)
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["seconds"] > 0
+
+
+def test_evaluations_are_the_trials_that_were_run(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data, losses=(0.5,))
+    session.study.ask(session.strategy.distributions())
+    tell(session.study, 1, Outcome(0.5, reused_from=0))
+    session.study.ask(session.strategy.distributions())  # RUNNING
+    cheaply(monkeypatch)
+    finish(session)
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert (written["trials"], written["evaluations"]) == (2, 1)
+
+
+def test_the_tables_agree_with_the_result(made, data, result):
+    predictions = read_csv(made.folder / "final" / "predictions.csv")
+    assert [row["image"] for row in predictions] == list(data.test.names)
+    assert [row["label"] for row in predictions] == [CLASSES[i] for i in data.test.labels]
+    right = np.mean([row["label"] == row["predicted"] for row in predictions])
+    assert right == result["test"]["accuracy"]
+    matrix = read_csv(made.folder / "final" / "confusion_matrix.csv")
+    assert [row["label"] for row in matrix] == list(CLASSES)
+    for row, name in itertools.product(matrix, CLASSES):
+        expected = [p for p in predictions if (p["label"], p["predicted"]) == (row["label"], name)]
+        assert int(row[name]) == len(expected)
+
+
+def test_the_checkpoint_alone_makes_the_predictions_again(made, data):
+    checkpoint = torch.load(made.folder / "best.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["genes"] == genes_of(made, 3)
+    classifier = Classifier.load_from_checkpoint(made.folder / "best.ckpt", weights_only=True)
+    assert classifier.classes == CLASSES
+    probability, predicted = logits_of(classifier, data.test).softmax(1).max(1)
+    rows = read_csv(made.folder / "final" / "predictions.csv")
+    assert [row["predicted"] for row in rows] == [CLASSES[i] for i in predicted]
+    written = [float(row["probability"]) for row in rows]
+    np.testing.assert_allclose(probability.numpy(), written, atol=1e-4)
+
+
+def test_the_best_epoch_is_the_one_that_is_kept(made, data, result):
+    curve = read_csv(made.folder / "final" / "learning_curve.csv")
+    losses = [float(row["val_loss"]) for row in curve]
+    assert [row["epoch"] for row in curve] == ["1", "2", "3"][: len(curve)]
+    assert result["final"]["best_epoch"] == 1 + losses.index(min(losses))
+    classifier = Classifier.load_from_checkpoint(made.folder / "best.ckpt", weights_only=True)
+    loss = F.cross_entropy(logits_of(classifier, data.val), torch.from_numpy(data.val.labels))
+    assert float(loss) == pytest.approx(min(losses), abs=1e-5)
+    assert result["final"]["val_loss"] == min(losses)
+
+
+def test_the_folder_holds_what_the_contract_names_and_nothing_odd(made):
+    assert {path.name for path in made.folder.iterdir()} == {
+        *("study.journal", "result.json", "best.ckpt", "final")
+    }
+    assert {path.name for path in (made.folder / "final").iterdir()} == {
+        *("confusion_matrix.csv", "fit", "learning_curve.csv", "predictions.csv"),
+        "reevaluation.json",
+    }
+    assert {path.name for path in (made.folder / "final" / "fit").iterdir()} == {
+        *("hparams.yaml", "metrics.csv")
+    }
+
+
+def test_what_was_found_is_printed(made, result):
+    out = printed(made)
+    assert "Found: the first" in out
+    assert f"{result['test']['accuracy']:.1%} are classified right" in out
+    for name in CLASSES:
+        assert len([line for line in out.splitlines() if line.startswith(name)]) == 2
+    assert str(made.folder / "best.ckpt") in out
+
+
+# What can go wrong.
+
+
+def cheaply(monkeypatch):
+    """Let the final training learn nothing from one batch."""
+    monkeypatch.setattr(final, "build_trainer", only_a_batch(final.build_trainer))
+
+
+def only_a_batch(build_trainer):
+    def build(config, epochs, *args, **kwargs):
+        return build_trainer(config, min(epochs, 1), *args, limit_train_batches=1, **kwargs)
+
+    return build
+
+
+def test_a_winner_that_diverges_gives_way_to_the_next(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data)
+    session.evaluator.evaluate = favouring(session, 3)
+    winner = genes_of(session, 3)
+    end_of_epoch = Classifier.on_validation_epoch_end
+
+    def diverge(self):
+        if self.genes == winner:
+            raise Diverged("diverged: val_loss is nan in epoch 1")
+        end_of_epoch(self)
+
+    monkeypatch.setattr(Classifier, "on_validation_epoch_end", diverge)
+    cheaply(monkeypatch)
+    finish(session)
+    assert "The final training of trial 3 diverged: val_loss is nan in epoch 1" in printed(session)
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["best"]["trial"] == 1
+    checkpoint = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["genes"] == genes_of(session, 1)
+
+
+def refuse(*args):
+    raise AssertionError("this was not to be called")
+
+
+def raising(error):
+    def raise_it(*args, **kwargs):
+        raise error
+
+    return raise_it
+
+
+def test_when_all_diverge_one_line_says_so(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(final, "retrain", raising(Diverged("diverged: ...")))
+    with pytest.raises(UserError, match="all 3 candidates diverged"):
+        finish(session_in(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower data.batch_size"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_any_other_error_is_one_line_and_a_file(tmp_path, data, monkeypatch, error, said):
+    monkeypatch.setattr(Classifier, "training_step", raising(error))
+    session = session_in(tmp_path, data)
+    with pytest.raises(UserError) as raised:
+        finish(session)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert said in message
+    assert str(tmp_path / "final" / "error.txt") in message
+    assert f"python -m gatl.final run={tmp_path}" in message
+    assert "Traceback" in (tmp_path / "final" / "error.txt").read_text()
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("losses", [(), (None, None)])
+def test_without_a_complete_trial_there_is_nothing_to_train(tmp_path, data, losses):
+    session = session_in(tmp_path, data, losses=losses)
+    with pytest.raises(UserError, match="completed, so there is no best one") as error:
+        finish(session)
+    assert "\n" not in str(error.value)
+    assert session.evaluator.fits == []
+
+
+@pytest.fixture
+def _signals():
+    """Undo what Lightning does to signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_the_final_training_leaves_no_model(tmp_path, data, monkeypatch, times):
+    session = session_in(tmp_path, data)
+
+    def interrupt(self):
+        session.stop.set()
+        if times == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finish(session)
+    assert not (tmp_path / "best.ckpt").exists()
+    assert not (tmp_path / "result.json").exists()
+    monkeypatch.undo()
+    cheaply(monkeypatch)
+    again = session_in(tmp_path, data, refuse, losses=())
+    finish(again)
+    assert (tmp_path / "best.ckpt").exists()
+
+
+def test_what_is_made_is_not_made_again(made, data, monkeypatch):
+    monkeypatch.setattr(final, "_test", refuse)
+    monkeypatch.setattr(final, "retrain", refuse)
+    again = session_in(made.folder, data, refuse, losses=())
+    assert finish(again) == 0.5
+    assert "Nothing is left to do" in printed(again)
+    assert str(made.folder / "result.json") in printed(again)
+
+
+def test_more_trials_or_other_settings_make_another_model(made, data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(made.folder, folder)
+    before = (folder / "best.ckpt").read_bytes()
+    session = session_in(folder, data, losses=())
+    session.study.ask(session.strategy.distributions())
+    tell(session.study, 5, Outcome(0.1))
+    assert session.study.get_trials()[5].state is TrialState.COMPLETE
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", lambda self: session.stop.set())
+    with pytest.raises(KeyboardInterrupt):  # the earlier model stays until there is another
+        finish(session)
+    assert (folder / "best.ckpt").read_bytes() == before
+    monkeypatch.undo()
+    cheaply(monkeypatch)
+    session.stop.clear()
+    assert finish(session) == 0.1
+    assert json.loads((folder / "result.json").read_text())["trials"] == 6
+    assert (folder / "best.ckpt").read_bytes() != before
+    config = checked(compose([*OVERRIDES, "final.max_epochs=4"]))
+    assert final.made_before(folder, session.config, 6) is not None
+    assert final.made_before(folder, config, 6) is None
+    assert final.made_before(folder, session.config, 7) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"trials": 3}'])
+def test_a_damaged_result_counts_as_none(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    assert final.made_before(tmp_path, checked(compose(OVERRIDES)), 1) is None
+
+
+# The command.
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Give one run folder"),
+        (["run=a", "run=b"], "Give one run folder"),
+        (["run=missing folder=x"], "is no run folder"),
+    ],
+)
+def test_the_command_says_in_one_line_what_it_lacks(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(sys, "argv", ["gatl.final", *words])
+    with pytest.raises(SystemExit) as ended:
+        final.main()
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_the_command_refuses_a_folder_without_a_search(monkeypatch, capsys, tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    source = Path(__file__).parent
+    monkeypatch.chdir(source)
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(compose(OVERRIDES), tmp_path / ".hydra" / "config.yaml")
+    monkeypatch.setattr(sys, "argv", ["gatl.final", f"run={tmp_path}"])
+    with pytest.raises(SystemExit):
+        final.main()
+    assert "holds no search yet" in capsys.readouterr().err
+    assert not (tmp_path / "study.journal").exists()

@@ -1,0 +1,495 @@
+"""The driver, with fits that take no time: a loss that follows from the genes."""
+
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import os
+import random
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+from hydra.utils import instantiate
+from optuna.storages.journal import JournalFileSymlinkLock
+from optuna.trial import TrialState
+
+from gatl.cli import compose
+from gatl.config import checked
+from gatl.errors import UserError
+from gatl.evaluation import Fit, fit_seed
+from gatl.outcome import Outcome
+from gatl.record import open_study, outcome_of
+from gatl.search import Ending, Search
+from gatl.streams import Purpose
+
+OVERRIDES = ("ga.pop=6", "ga.generations=4", "ga.n_elites=2")
+NARROW = (  # six chromosomes in all, so most trials are duplicates
+    "space.included_layers={low: 1, high: 3}",
+    "space.frozen_layers={low: 0, high: 1}",
+    "space.learning_rate.value=1e-3",
+    "space.dropout.value=0.5",
+    "search.initial=[]",
+)
+
+
+@pytest.fixture(autouse=True)
+def _disk_of_no_worth(monkeypatch):
+    """Do not wait for the disk; nobody pulls the plug, and nobody else writes the journal."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(JournalFileSymlinkLock, "acquire", lambda lock: True)
+    monkeypatch.setattr(JournalFileSymlinkLock, "release", lambda lock: None)
+
+
+@functools.cache
+def configured(*overrides):
+    return checked(compose(overrides))
+
+
+class Killed(BaseException):
+    """The end of a driver that had no time to say goodbye."""
+
+
+def loss_of(fit: Fit) -> float:
+    """Return a loss in (0, 1) that depends on the fit's genes and seed alone."""
+    text = json.dumps([sorted(fit.genes.items()), fit.seed, fit.epochs])
+    return (int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) + 1) / 2**33
+
+
+def plain(fit: Fit) -> Outcome:
+    return Outcome(loss_of(fit), val_accuracy=0.5, epochs=fit.epochs, duration_s=1.0)
+
+
+def mixed(fit: Fit) -> Outcome:
+    """Let some chromosomes diverge, always, and some fail."""
+    kind = int(loss_of(fit) * 2**20) % 8
+    if kind == 0:
+        return Outcome(error="diverged: val_loss is nan in epoch 1", diverged=True)
+    return Outcome(error="OSError: a bad day") if kind == 1 else plain(fit)
+
+
+class FakeEvaluator:
+    """Ends one fit at a time, in random order; ends all when they are cut off."""
+
+    def __init__(self, n_workers=1, *, seed=0, evaluate: Callable[[Fit], Outcome] = plain):
+        self.n_workers = n_workers
+        self.cut = threading.Event()
+        self.evaluate = evaluate
+        self.running: dict[int, Fit] = {}
+        self.fits: list[int] = []  # every fit, in the order of their start
+        self.closed = False
+        self._rng = random.Random(seed)
+
+    @property
+    def n_free(self):
+        return self.n_workers - len(self.running)
+
+    def submit(self, key, fit):
+        assert self.n_free > 0
+        self.running[key] = fit
+        self.fits.append(key)
+
+    def wait(self, timeout):
+        if self.cut.is_set():
+            ended, self.running = self.running, {}
+            return [(key, Outcome(stopped=True)) for key in ended]
+        key = self._rng.choice(list(self.running))
+        return [(key, self.evaluate(self.running.pop(key)))]
+
+    def close(self):
+        self.closed = True
+
+
+class Spy:
+    """A view that remembers, and at some point does something."""
+
+    def __init__(self, after: int | None = None, action: Callable[[], None] = lambda: None):
+        self.told: list[int] = []
+        self.resumed_with: list[int] = []
+        self._after, self._action = after, action
+
+    def resumed(self, trials):
+        self.resumed_with = [t.number for t in trials if t.state.is_finished()]
+
+    def started(self, number, genes):
+        pass
+
+    def ended(self, trial):
+        self.told.append(trial.number)
+        if len(self.told) == self._after:
+            self._action()
+
+    def tick(self):
+        pass
+
+
+class Run:
+    """One session of a search over a folder."""
+
+    def __init__(self, folder: Path, evaluator=None, view=None, overrides: Sequence[str] = ()):
+        self.config = configured(*OVERRIDES, *overrides)
+        self.folder = folder
+        self.strategy = instantiate(self.config.search, _partial_=True, _convert_="all")(
+            space=self.config.space, seed=self.config.seed, initial=self.config.initial
+        )
+        self.study = open_study(folder, self.strategy)
+        self.evaluator = evaluator or FakeEvaluator()
+        self.view = view or Spy()
+        self.stop = threading.Event()
+        self.search = Search(
+            self.config,
+            self.study,
+            self.strategy,
+            self.evaluator,
+            folder,
+            self.view,
+            self.stop,
+            self.evaluator.cut,
+        )
+
+    def __call__(self) -> Ending:
+        return self.search.run()
+
+    @property
+    def trials(self):
+        return self.study.get_trials(deepcopy=False)
+
+    @property
+    def history(self) -> str:
+        return (self.folder / "history.csv").read_text()
+
+
+def kill():
+    raise Killed
+
+
+def whole(folder: Path, *args, **kwargs) -> Run:
+    """Return a run that has come to its end."""
+    folder.mkdir()
+    run = Run(folder, *args, **kwargs)
+    assert run() is Ending.COMPLETE
+    return run
+
+
+def rows(history: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(history.splitlines()))
+
+
+@pytest.mark.parametrize("overrides", [(), NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("evaluate", [plain, mixed])
+def test_workers_and_the_order_of_completion_change_nothing(tmp_path, evaluate, overrides):
+    expected = whole(tmp_path / "1", FakeEvaluator(evaluate=evaluate), overrides=overrides)
+    assert len(rows(expected.history)) == 6 + 3 * 4
+    for workers, seed in itertools.product((2, 5), range(3)):
+        evaluator = FakeEvaluator(workers, seed=seed, evaluate=evaluate)
+        run = whole(tmp_path / f"{workers}-{seed}", evaluator, overrides=overrides)
+        assert run.history == expected.history
+
+
+def test_another_seed_is_another_search(tmp_path):
+    first, second = (whole(tmp_path / s, overrides=[f"seed={s}"]).history for s in "12")
+    assert first != second
+
+
+def test_a_fit_gets_what_its_trial_says_and_nothing_of_its_number(tmp_path):
+    fits = []
+
+    def evaluate(fit):
+        fits.append(fit)
+        return plain(fit)
+
+    run = whole(tmp_path / "run", FakeEvaluator(evaluate=evaluate), overrides=["seed=5"])
+    assert len(fits) == len(run.trials)
+    for number, (fit, trial) in enumerate(zip(fits, run.trials, strict=True)):
+        assert fit.genes == run.config.space.to_dict(run.config.space.from_dict(trial.params))
+        assert fit.seed == fit_seed(5, Purpose.FIT, fit.genes)
+        assert fit.epochs == run.config.trainer.max_epochs
+        assert fit.folder == tmp_path / "run" / "trials" / str(number)
+
+
+@pytest.mark.parametrize("evaluate", [plain, mixed])
+def test_killed_after_any_trial_it_resumes_to_the_same_history(tmp_path, evaluate):
+    expected = whole(
+        tmp_path / "whole", FakeEvaluator(evaluate=evaluate), overrides=NARROW[:2]
+    ).history
+    n_trials = len(rows(expected))
+    for k in range(1, n_trials):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        killed = Run(folder, FakeEvaluator(2, seed=k, evaluate=evaluate), Spy(k, kill), NARROW[:2])
+        with pytest.raises(Killed):
+            killed()
+        again = Run(folder, FakeEvaluator(3, seed=-k, evaluate=evaluate), overrides=NARROW[:2])
+        assert again() is Ending.COMPLETE
+        assert len(again.view.resumed_with) == k
+        assert again.history == expected
+        assert not set(again.evaluator.fits) & set(again.view.resumed_with)
+
+
+def test_cut_anywhere_in_the_journal_it_resumes_to_the_same_history(tmp_path):
+    """Every line and half line that a kill can leave: created trials, half of the genes, ..."""
+    overrides = ["ga.pop=3", "ga.generations=3", "ga.n_elites=1"]
+    run = whole(tmp_path / "whole", overrides=overrides)
+    lines = (tmp_path / "whole" / "study.journal").read_bytes().splitlines(keepends=True)
+    for k in range(len(lines)):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        half = lines[k][: len(lines[k]) // 2]
+        (folder / "study.journal").write_bytes(b"".join(lines[:k]) + half)
+        again = Run(folder, FakeEvaluator(2, seed=k), overrides=overrides)
+        assert again() is Ending.COMPLETE
+        assert again.history == run.history
+
+
+def test_only_the_lowest_of_equal_chromosomes_runs(tmp_path):
+    run = whole(tmp_path / "run", FakeEvaluator(5), overrides=NARROW)
+    chromosomes = [run.config.space.from_dict(trial.params) for trial in run.trials]
+    first = {c: n for n, c in reversed(list(enumerate(chromosomes)))}
+    assert sorted(run.evaluator.fits) == sorted(first.values())
+    assert len(first) < len(chromosomes)
+    for number, (row, chromosome) in enumerate(zip(rows(run.history), chromosomes, strict=True)):
+        original = rows(run.history)[first[chromosome]]
+        assert row["val_loss"] == original["val_loss"]
+        assert row["reused_from"] == ("" if number in first.values() else original["number"])
+
+
+def test_a_reused_result_has_no_duration_of_its_own(tmp_path):
+    run = whole(tmp_path / "run", overrides=NARROW)
+    for row in rows(run.history):
+        assert float(row["duration_s"]) == (1.0 if row["reused_from"] == "" else 0.0)
+
+
+def test_a_divergence_is_reused_and_a_failure_is_tried_again(tmp_path):
+    def evaluate(fit):
+        if fit.genes["included_layers"] == 1:
+            return Outcome(error="diverged: ...", diverged=True)
+        if (fit.genes["included_layers"], fit.genes["frozen_layers"]) == (2, 0):
+            return Outcome(error="OSError: no space left")
+        return plain(fit)
+
+    overrides = [*NARROW, "ga.generations=12", "ga.tournament_size=1"]
+    run = whole(tmp_path / "run", FakeEvaluator(3, evaluate=evaluate), overrides=overrides)
+    by_depth: dict[str, list[dict[str, str]]] = {"1": [], "2": [], "3": []}
+    for row in rows(run.history):
+        if row["frozen_layers"] == "0":
+            by_depth[row["included_layers"]].append(row)
+    assert {row["state"] for row in by_depth["1"]} == {"FAIL"}
+    assert len(by_depth["1"]) > 1
+    assert sum(row["reused_from"] == "" for row in by_depth["1"]) == 1
+    assert len(by_depth["2"]) > 1
+    assert all(row["reused_from"] == "" for row in by_depth["2"])
+    assert {row["error"] for row in by_depth["1"]} == {"diverged: ..."}
+
+
+def test_generations_of_nothing_but_duplicates_do_not_end_the_search(tmp_path):
+    fixed = ["space.included_layers.value=3", "space.frozen_layers.value=1", *NARROW[2:]]
+    run = whole(tmp_path / "run", overrides=fixed)
+    assert run.evaluator.fits == [0]
+    assert len(rows(run.history)) == 18
+
+
+def fails(fit):
+    return Outcome(error="OSError: no space left")
+
+
+def test_five_failures_in_a_row_stop_the_search(tmp_path):
+    run = Run(tmp_path, FakeEvaluator(evaluate=fails))
+    with pytest.raises(UserError, match="5 trials in a row failed") as error:
+        run()
+    message = str(error.value)
+    assert "OSError: no space left" in message
+    assert str(tmp_path / "trials" / "4" / "error.txt") in message
+    assert f"python -m gatl resume={tmp_path}" in message
+    assert len(rows(run.history)) == 5
+    again = Run(tmp_path)  # what was wrong is mended
+    assert again() is Ending.COMPLETE
+    assert [row["state"] for row in rows(again.history)] == ["FAIL"] * 5 + ["COMPLETE"] * 13
+
+
+def test_a_success_between_failures_lets_the_search_go_on(tmp_path):
+    calls = itertools.count(1)
+
+    def evaluate(fit):
+        return plain(fit) if next(calls) % 5 == 0 else fails(fit)
+
+    assert Run(tmp_path, FakeEvaluator(evaluate=evaluate))() is Ending.COMPLETE
+
+
+def test_a_reused_result_between_failures_is_a_success_too(tmp_path):
+    failing = itertools.count()
+
+    def evaluate(fit):
+        if (fit.genes["included_layers"], fit.genes["frozen_layers"]) == (2, 0):
+            next(failing)
+            return fails(fit)
+        return plain(fit)
+
+    overrides = [*NARROW, "ga.generations=12", "ga.tournament_size=1"]
+    run = Run(tmp_path, FakeEvaluator(evaluate=evaluate), overrides=overrides)
+    assert run() is Ending.COMPLETE
+    assert next(failing) >= 5
+
+
+def test_divergences_do_not_count_as_failures(tmp_path):
+    calls = itertools.count()
+
+    def evaluate(fit):
+        diverged = next(calls) >= 4
+        return Outcome(error="diverged: ...", diverged=True) if diverged else fails(fit)
+
+    run = Run(tmp_path, FakeEvaluator(evaluate=evaluate))
+    assert run() is Ending.COMPLETE
+    assert {row["state"] for row in rows(run.history)} == {"FAIL"}
+
+
+@pytest.mark.parametrize("n", [1, 5, 6, 9, 18, 25])
+def test_budget_trials_cuts_or_extends_the_same_search(tmp_path, n):
+    expected = whole(tmp_path / "long", overrides=["budget.trials=30"])
+    run = whole(tmp_path / "run", FakeEvaluator(2), overrides=[f"budget.trials={n}"])
+    assert rows(run.history) == rows(expected.history)[:n]
+    again = Run(tmp_path / "run", FakeEvaluator(2), overrides=["budget.trials=30"])
+    assert again() is Ending.COMPLETE
+    assert again.history == expected.history
+
+
+def test_a_smaller_budget_on_resume_leaves_what_lies_beyond_it(tmp_path):
+    with pytest.raises(Killed):
+        Run(tmp_path, view=Spy(2, kill))()
+    again = Run(tmp_path, overrides=["budget.trials=4"])
+    assert again() is Ending.COMPLETE
+    assert [trial.state.name for trial in again.trials] == ["COMPLETE"] * 4 + ["RUNNING"] * 2
+
+
+def test_ctrl_c_leaves_running_trials_for_resume(tmp_path):
+    expected = whole(tmp_path / "whole").history
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(folder, FakeEvaluator(3), Spy(8, lambda: run.stop.set()))
+    assert run() is Ending.INTERRUPTED
+    states = [trial.state for trial in run.trials]
+    assert states.count(TrialState.RUNNING) == 10 - 8
+    assert run.evaluator.cut.is_set()
+    assert Run(folder)() is Ending.COMPLETE
+    assert (folder / "history.csv").read_text() == expected
+
+
+def test_a_result_that_comes_in_spite_of_ctrl_c_is_kept(tmp_path):
+    class Deaf(FakeEvaluator):
+        def wait(self, timeout):
+            self.cut, cut = threading.Event(), self.cut
+            try:
+                return super().wait(timeout)
+            finally:
+                self.cut = cut
+
+    run = Run(tmp_path, Deaf(3), Spy(1, lambda: run.stop.set()))
+    assert run() is Ending.INTERRUPTED
+    assert sum(trial.state is TrialState.COMPLETE for trial in run.trials) == 3
+
+
+def test_a_fit_that_stops_unasked_is_done_again(tmp_path):
+    calls = itertools.count()
+
+    def evaluate(fit):
+        return Outcome(stopped=True) if next(calls) in (2, 5) else plain(fit)
+
+    expected = whole(tmp_path / "whole").history
+    run = whole(tmp_path / "run", FakeEvaluator(2, evaluate=evaluate))
+    assert run.history == expected
+
+
+def in_no_time(monkeypatch):
+    """Let any time budget be spent at once."""
+    clock = itertools.count()
+    monkeypatch.setattr("gatl.search.time.monotonic", lambda: float(next(clock) * 3600))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_spent_time_budget_lets_the_first_fit_finish_and_cuts_off_the_others(
+    tmp_path, monkeypatch, workers
+):
+    in_no_time(monkeypatch)
+    run = Run(tmp_path, FakeEvaluator(workers), overrides=["budget.time=1s"])
+    assert run() is Ending.TIME
+    states = [trial.state.name for trial in run.trials]
+    assert sorted(states) == ["COMPLETE"] + ["RUNNING"] * 5
+    assert len(rows(run.history)) == 1
+    assert not run.evaluator.cut.is_set()  # the fits of the final model are to run
+    monkeypatch.undo()
+    again = Run(tmp_path)
+    assert again() is Ending.COMPLETE
+    assert again.history == whole(tmp_path / "whole").history
+
+
+def test_ctrl_c_after_the_time_budget_counts(tmp_path, monkeypatch):
+    in_no_time(monkeypatch)
+    evaluator = FakeEvaluator(2)
+    run = Run(tmp_path, evaluator, overrides=["budget.time=1s"])
+    wait = evaluator.wait
+
+    def wait_and_interrupt(timeout):
+        if evaluator.cut.is_set():
+            run.stop.set()
+        return wait(timeout)
+
+    evaluator.wait = wait_and_interrupt
+    assert run() is Ending.INTERRUPTED
+    assert evaluator.cut.is_set()
+
+
+def test_seconds_of_all_sessions_add_up_even_when_killed(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("gatl.search.time.monotonic", lambda: clock[0])
+
+    def evaluate(fit):
+        clock[0] += 10
+        return plain(fit)
+
+    with pytest.raises(Killed):
+        Run(tmp_path, FakeEvaluator(evaluate=evaluate), Spy(3, kill))()
+    clock[0] += 1000  # nobody searched
+    run = Run(tmp_path, FakeEvaluator(evaluate=evaluate))
+    assert run() is Ending.COMPLETE
+    assert run.study.user_attrs["seconds"] == run.search.seconds == 18 * 10
+
+
+def test_what_a_fit_left_when_it_was_cut_off_is_gone_when_it_runs_again(tmp_path):
+    leftover = tmp_path / "trials" / "0" / "metrics.csv"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text("of a fit that was killed")
+    Run(tmp_path)()
+    assert not leftover.exists()
+
+
+def test_a_finished_search_is_not_done_again(tmp_path):
+    expected = whole(tmp_path / "run").history
+    again = Run(tmp_path / "run")
+    assert again() is Ending.COMPLETE
+    assert again.evaluator.fits == []
+    assert again.history == expected
+
+
+def test_the_driver_reads_the_record_a_few_times_a_trial(tmp_path, monkeypatch):
+    """Reading all trials is the only thing it does that grows with them."""
+    reads, looked_at = itertools.count(), itertools.count()
+    get_trials = optuna.Study.get_trials
+
+    def counted(*args, **kwargs):
+        next(reads)
+        return get_trials(*args, **kwargs)
+
+    def counted_outcome(trial):
+        next(looked_at)
+        return outcome_of(trial)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", counted)
+    monkeypatch.setattr("gatl.search.outcome_of", counted_outcome)
+    monkeypatch.setattr("gatl.record.outcome_of", counted_outcome)
+    run = Run(tmp_path, overrides=["ga.pop=20", "ga.generations=6"])
+    assert run() is Ending.COMPLETE
+    n_trials = len(run.trials)
+    assert next(reads) < 12 * n_trials
+    assert next(looked_at) < 5 * n_trials

@@ -1,0 +1,159 @@
+"""What a run holds: nothing of it may outlive the run, however that ends."""
+
+import io
+import os
+import pkgutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from gatl.cli import compose
+from gatl.config import checked
+from gatl.data import digits
+from gatl.data.source import Source
+from gatl.errors import UserError
+from gatl.evaluation import LocalEvaluator
+from gatl.record import held
+from gatl.session import opened
+
+OVERRIDES = (
+    "data=digits",
+    "model=se_densenet121_k12",
+    "data.image_size=32",
+    "trainer.accelerator=cpu",
+    "evaluator.workers=1",
+)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def open_run(folder, *overrides):
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    return opened(checked(compose([*OVERRIDES, *overrides])), folder, console)
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    """Let the decoding take no time."""
+    load = digits.load
+
+    def load_few():
+        source = load()
+        return Source(source.classes, source.train.subset(np.arange(0, len(source.train), 20)))
+
+    monkeypatch.setattr(digits, "load", load_few)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Return the signal handlers, which every test must leave as they were."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_session_holds_its_folder_and_its_images_and_lets_go(tmp_path):
+    with open_run(tmp_path) as session:
+        assert (tmp_path / ".images" / "train.npy").exists()
+        assert len(session.data.train) > 0
+        assert session.study.study_name == "gatl"
+        assert "Data: digits · 10 classes" in session.console.file.getvalue()
+        with pytest.raises(UserError, match="in use by another run"), open_run(tmp_path):
+            pass
+        assert (tmp_path / ".images" / "train.npy").exists()
+    assert not (tmp_path / ".images").exists()
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("x"), ZeroDivisionError])
+def test_whatever_ends_a_session_nothing_is_left_running(tmp_path, monkeypatch, error):
+    closed = []
+    close = LocalEvaluator.close
+
+    def spied(self):
+        closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(LocalEvaluator, "close", spied)
+    with pytest.raises(error if isinstance(error, type) else type(error)):  # noqa: SIM117
+        with open_run(tmp_path) as session:
+            raise error
+    assert closed == [session.evaluator]
+    assert session.cut.is_set()
+    assert not (tmp_path / ".images").exists()
+    with held(tmp_path):
+        pass
+
+
+def test_the_images_of_a_run_that_was_killed_are_removed(tmp_path):
+    (tmp_path / ".images").mkdir()
+    (tmp_path / ".images" / "half.npy").touch()
+    with open_run(tmp_path):
+        assert not (tmp_path / ".images" / "half.npy").exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_to_stop_and_a_second_one_stops_at_once(tmp_path, number):
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path) as session:  # noqa: PT012
+        assert not session.stop.is_set()
+        signal.raise_signal(number)
+        assert session.stop.is_set()
+        assert session.console.file.getvalue().count("Stopping") == 1
+        signal.raise_signal(number)
+    assert not (tmp_path / ".images").exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("where", ["gatl.data.digits.load", "gatl.data.images.to_rgb"])
+def test_before_the_search_a_signal_stops_at_once(tmp_path, monkeypatch, number, where):
+    calls = []
+    original = pkgutil.resolve_name(where)
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            os.kill(os.getpid(), number)
+        time.sleep(0.02)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(where, interrupted)
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path):
+        pass
+    assert len(calls) < 40  # of 90 images
+    assert not (tmp_path / ".images").exists()
+    assert not (tmp_path / "study.journal").exists()
+
+
+def test_a_signal_in_the_middle_of_a_print_is_no_error(tmp_path, monkeypatch):
+    with open_run(tmp_path) as session:
+
+        def reentrant(*args, **kwargs):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+        monkeypatch.setattr(session.console, "print", reentrant)
+        signal.raise_signal(signal.SIGINT)
+        assert session.stop.is_set()
+
+
+def test_weights_that_do_not_fit_are_found_before_the_search(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({"features.conv0.weight": torch.zeros(1, 1, 1, 1)}, path)
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError) as error, open_run(run, f"model.weights={path}"):
+        pass
+    assert "\n" not in str(error.value)
+    assert not (run / "study.journal").exists()
+
+
+def test_weights_are_tried_in_a_network_that_the_space_has(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr("gatl.session.read_weights", lambda weights: None)
+    monkeypatch.setattr("gatl.session.build_classifier", lambda c, d, genes: tried.append(genes))
+    with open_run(tmp_path, "model.weights=x.pt", "space.included_layers.high=4"):
+        pass
+    assert [(genes["included_layers"], genes["frozen_layers"]) for genes in tried] == [(4, 4)]
