@@ -85,9 +85,12 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
 def resume(folder: Path, overrides: Sequence[str]) -> None:
     """Go on with a run, as `run` does."""
     config = checked(compose_resumed(folder, overrides))
+    from gatl.record import held, original_folder
+
+    with held(folder):  # to be refused needs no torch
+        pass
     from gatl.final import made_before
     from gatl.progress import new_console
-    from gatl.record import original_folder
 
     if (made := made_before(folder, config, config.n_trials)) is not None:
         new_console().print(made, soft_wrap=True)
@@ -108,7 +111,7 @@ def must_be_new(folder: Path) -> None:
         with held(folder):
             if (folder / JOURNAL).exists():
                 raise UserError(
-                    f"{folder} holds a run already: go on with  {resume_command(folder)}  or give "
+                    f"{folder} holds a run already: go on with {resume_command(folder)} or give "
                     "another hydra.run.dir."
                 )
 

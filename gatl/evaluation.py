@@ -299,9 +299,6 @@ _fitter: Fitter  # of a worker process
 
 def _start_worker(config: Config, data: PreparedData, stop: Event, device: int) -> None:
     global _fitter
-    # Ctrl-C reaches the whole process group; the driver alone decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_driver, daemon=True).start()
     _start_thread(config)
     _fitter = Fitter(config, data, stop, device)
@@ -360,11 +357,16 @@ class LocalEvaluator:
         run = _fit_in_worker
         if self._n_workers == 1:
             run = Fitter(self._config, self._data, self._stop)
+        # Signals reach the whole process group; the driver alone decides what they mean. What it
+        # blocks, a worker that is started now blocks from its first moment on.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             future = self._pools[worker].submit(run, fit)
         except BrokenProcessPool:  # it died while it was idle
             self._replace(worker)
             future = self._pools[worker].submit(run, fit)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._running[future] = (worker, key, fit)
 
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
@@ -385,7 +387,7 @@ class LocalEvaluator:
             except BrokenProcessPool:
                 self._replace(worker)
                 self._lost[key] = self._lost.get(key, 0) + 1
-                if self._stop.is_set():  # a SIGTERM to all of the run's processes
+                if self._stop.is_set():
                     outcome = Outcome(stopped=True)
                 elif self._lost[key] < 2:
                     self.submit(key, fit)

@@ -141,7 +141,7 @@ def finish(session: Session) -> float:
         (folder / "final" / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise UserError(
             f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
-            f"When that is mended, go on with  {final_command(folder)}"
+            f"When that is mended, go on with: {final_command(folder)}"
         ) from error
     seconds = session.study.user_attrs.get(SECONDS, 0.0) + time.monotonic() - started
     result = {

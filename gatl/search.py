@@ -183,7 +183,7 @@ class Search:
             raise UserError(
                 f"{MAX_FAILURES} trials in a row failed; the last, {number}: {outcome.error} "
                 f"(see {self._folder / 'trials' / str(number) / 'error.txt'}). When that is "
-                f"mended, go on with  {resume_command(self._folder)}"
+                f"mended, go on with: {resume_command(self._folder)}"
             )
 
     def _tell(self, number: int, outcome: Outcome) -> None:

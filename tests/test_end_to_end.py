@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +114,7 @@ def sweep(tmp_path_factory, photos):
     """A multirun over two seeds and one job that fails, with one worker."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "spy.py").write_text(SPY)
-    out, err = complete(
+    _, err = complete(
         start(
             "-m",
             *OVERRIDES,
@@ -200,9 +199,10 @@ def interrupted(killed, tmp_path_factory):
         cwd=killed.parent.parent,
     )
     until(lambda: n_rows(killed) > before, process)
-    second, refusal = complete(start(f"resume={killed}", cwd=killed.parent), 1)
-    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGSTOP)  # lest it end too early
+    _, refusal = complete(start(f"resume={killed}", cwd=killed.parent), 1)
     os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGCONT)
     out, err = complete(process, 130)
     return out, err, refusal
 
@@ -253,7 +253,7 @@ def test_a_folder_that_holds_a_run_is_not_used_for_another(once, monkeypatch, ca
     before = (once / ".hydra" / "config.yaml").read_bytes()
     code, out, err = in_this_process(monkeypatch, capfd, "seed=7", f"hydra.run.dir={once}")
     assert (code, out) == (1, "")
-    assert "holds a run already: go on with  python -m gatl resume=" in err
+    assert "holds a run already: go on with python -m gatl resume=" in err
     assert err.count("\n") == 1
     assert (once / ".hydra" / "config.yaml").read_bytes() == before
 
@@ -277,7 +277,7 @@ def test_a_spent_time_budget_still_ends_with_a_tested_model(tmp_path, photos, mo
 
 
 def test_a_job_of_a_sweep_that_fails_does_not_end_the_others(tmp_path, photos, monkeypatch, capfd):
-    code, out, err = in_this_process(
+    code, _, err = in_this_process(
         monkeypatch,
         capfd,
         "-m",
@@ -319,7 +319,7 @@ def test_a_mistake_is_one_line_and_leaves_no_run_folder(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run = tmp_path / "run"
-    code, out, err = in_this_process(
+    code, _, err = in_this_process(
         monkeypatch, capfd, *OVERRIDES, *words(photos, tmp_path), f"hydra.run.dir={run}"
     )
     assert code == 1
@@ -353,6 +353,7 @@ def test_a_resumed_run_cannot_change_its_seed(once, monkeypatch, capfd):
     assert "seed=3 cannot change on resume" in err
 
 
+@pytest.mark.slow
 def test_output_into_a_pipe_that_closes_is_no_traceback(tmp_path, photos):
     with start(
         *OVERRIDES,
