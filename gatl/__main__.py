@@ -125,8 +125,7 @@ def job(composed: DictConfig) -> float:
         must_be_new(folder)
         return run(config, folder)
     except (UserError, InstantiationException) as error:  # Hydra wraps what a data source raises
-        if {path.name for path in folder.iterdir()} <= {".hydra"} and folder != Path.cwd():
-            shutil.rmtree(folder)  # nothing has begun
+        _discard_unused(folder)
         if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
             overrides = " ".join(HydraConfig.get().overrides.task)
             cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
@@ -134,6 +133,15 @@ def job(composed: DictConfig) -> float:
             raise UserError("A job of the sweep failed; its error stands above.") from error
         with one_line_errors():
             raise
+
+
+def _discard_unused(folder: Path) -> None:
+    """Remove a run folder in which nothing has begun."""
+    from gatl.record import held
+
+    with contextlib.suppress(UserError), held(folder):
+        if {path.name for path in folder.iterdir()} <= {".hydra"} and folder != Path.cwd():
+            shutil.rmtree(folder)
 
 
 def main() -> None:

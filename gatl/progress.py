@@ -242,10 +242,10 @@ class View:
 
     def _time_left(self) -> list[str]:
         left = self._n_trials - self._n_ended
-        if left <= 0 or not self._n_timed:
+        seconds = self._deadline - time.monotonic()
+        if left <= 0 or seconds <= 0 or not self._n_timed:
             return []
-        by_trials = self._seconds / self._n_timed * left / self._n_workers
-        seconds = min(by_trials, max(0.0, self._deadline - time.monotonic()))
+        seconds = min(seconds, self._seconds / self._n_timed * left / self._n_workers)
         return [f"about {format_duration(seconds)} left"]
 
     def _table(self) -> RenderableType:

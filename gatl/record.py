@@ -199,4 +199,4 @@ class History:
         with self._path.open("r+b") as file:
             file.seek(self._end)
             file.write(text.getvalue().encode(errors="surrogateescape"))
-            return file.truncate()
+            return file.tell()

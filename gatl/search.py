@@ -200,10 +200,8 @@ class Search:
     def _learn(self, trial: FrozenTrial) -> None:
         """Remember a result that counts for every equal chromosome."""
         self._any_ended = True
-        outcome = outcome_of(trial)
-        if trial.state is TrialState.COMPLETE or outcome.diverged:
-            source = trial.number if outcome.reused_from is None else outcome.reused_from
-            self._known.setdefault(self._space.from_dict(trial.params), source)
+        if trial.state is TrialState.COMPLETE or outcome_of(trial).diverged:
+            self._known.setdefault(self._space.from_dict(trial.params), trial.number)
 
     def _publish(self, trials: list[FrozenTrial]) -> None:
         while self._n_leading < len(trials) and trials[self._n_leading].state in ENDED:

@@ -92,6 +92,9 @@ def test_the_time_left_follows_from_fits_that_were_run_and_from_the_budget():
     view, out = plain(seconds=30.0)
     view.ended(trial(0))
     assert out.getvalue().splitlines()[-1].endswith("· about 30 s left")
+    view, out = plain(seconds=0.0)
+    view.ended(trial(0))
+    assert out.getvalue().splitlines()[-1].endswith("· 60 s")
 
 
 def test_failures_and_reused_results_are_told():

@@ -4,6 +4,7 @@ import csv
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -74,7 +75,9 @@ def test_a_torn_last_line_and_a_stale_lock_are_mended(tmp_path: Path, torn: byte
     with (tmp_path / "study.journal").open("ab") as file:
         file.write(torn)
     (tmp_path / "study.journal.lock").symlink_to("study.journal")
+    started = time.monotonic()
     again = study_in(tmp_path)
+    assert time.monotonic() - started < 20  # a lock that stays is waited for: 30 s
     assert (tmp_path / "study.journal").read_bytes().startswith(whole)
     again.ask(SPACE)
     tell(again, 1, Outcome(val_loss=0.25))

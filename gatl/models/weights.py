@@ -70,7 +70,7 @@ class LoadReport:
         """Say it in one line."""
         se = {name.split(".se.")[0] for name in self.left_random if ".se." in name}
         new = dict.fromkeys(name.split(".")[0] for name in self.left_random if ".se." not in name)
-        parts = [*new, *([f"SE of {len(se)} layers"] if se else [])]
+        parts = [*new, *([f"SE of {len(se)} layer{'s' * (len(se) > 1)}"] if se else [])]
         return "; ".join(
             (
                 f"{self.loaded} tensors loaded",

@@ -206,7 +206,7 @@ def test_own_weights_of_a_cut_network(
         elif name in weights.tensors:
             assert torch.equal(value, weights.tensors[name].float())
     assert report.loaded + len(report.unused) == len(weights.tensors)
-    assert ("SE of 1 layers" in str(report)) == bool(cut_se)
+    assert ("SE of 1 layer" in str(report)) == bool(cut_se)
 
 
 @pytest.mark.parametrize(
