@@ -54,11 +54,12 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose ``conf/config.yaml`` with overrides.
+def compose(overrides: Sequence[str], config_name: str = "config") -> DictConfig:
+    """Compose a main configuration of ``conf/`` with overrides.
 
     Args:
         overrides: In Hydra's ``key=value`` syntax.
+        config_name: The file, without its extension.
 
     Returns:
         The composed configuration, unchecked, interpolations unresolved.
@@ -77,9 +78,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
                 named = isinstance(value, dict) or all(isinstance(name, str) for name in names)
                 if options and not named and not override.is_delete():
                     raise UserError(f"{key} must be one of {', '.join(options)}, but got {value}.")
-            return hydra.compose("config", overrides=list(overrides))
+            return hydra.compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain(error, config_name)) from error
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -158,7 +159,7 @@ def compose_resumed(folder: Path, overrides: Sequence[str]) -> DictConfig:
             else:
                 OmegaConf.update(config, key, value, force_add=override.is_add())
         except OmegaConfBaseException as error:
-            raise UserError(_no_setting(str(error.full_key))) from error
+            raise UserError(_no_setting(str(error.full_key), "config")) from error
     return config
 
 
@@ -178,7 +179,7 @@ def _require_one_value(override: Override) -> None:
         )
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, config_name: str) -> str:
     """Say in one line what was wrong with an override, and the nearest thing that is right."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
@@ -191,17 +192,18 @@ def _explain(error: Exception) -> str:
         return f"{match.group(1)} is set already: leave out the +."
     if match := re.match(r"Could not override '(.+)'", text):
         inner = str(getattr(error.__cause__, "full_key", ""))  # for KEY={a: 1}, the key of a
-        return _no_setting(inner if inner.startswith(match.group(1)) else match.group(1))
+        key = inner if inner.startswith(match.group(1)) else match.group(1)
+        return _no_setting(key, config_name)
     first = text.splitlines()[0]
     return f"{first}: {str(error.__cause__).splitlines()[0]}" if error.__cause__ else first
 
 
-def _no_setting(key: str) -> str:
+def _no_setting(key: str, config_name: str) -> str:
     """Say that there is no such key, and which one is near."""
     gene = re.fullmatch(r"space\.(\w+)(\..*)?", key)
     if gene and gene[1] in KNOWN_GENES:
         return f"{key}: add the gene whole, +space.{gene[1]}={{low: LOW, high: HIGH}}."
-    near = "" if key.startswith("hydra.") else _nearest(key, _valid_keys())
+    near = "" if key.startswith("hydra.") else _nearest(key, _valid_keys(config_name))
     return f"{key} is no setting{near}; see python -m gatl --help."
 
 
@@ -211,12 +213,12 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 @functools.cache
-def _valid_keys() -> list[str]:
-    """Return every dotted key of the default configuration, groups included."""
+def _valid_keys(config_name: str) -> list[str]:
+    """Return every dotted key of a default configuration, groups included."""
 
     def keys(node: object, prefix: str) -> Iterator[str]:
         for name, value in node.items() if isinstance(node, dict) else ():
             yield f"{prefix}{name}"
             yield from keys(value, f"{prefix}{name}.")
 
-    return list(keys(OmegaConf.to_container(compose([])), ""))
+    return list(keys(OmegaConf.to_container(compose([], config_name)), ""))

@@ -34,8 +34,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +44,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from gatl.classifier import WeightedMean
-from gatl.cli import _explain, one_line_errors, parse, split_jobs
+from gatl.cli import compose, one_line_errors, split_jobs
 from gatl.config import (
     DataConfig,
     ModelConfig,
@@ -137,23 +135,6 @@ class PretrainConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result, as plain data: all but the folder."""
         return {key: value for key, value in asdict(self).items() if key != "output"}
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """Compose ``conf/pretrain.yaml`` with overrides, unchecked.
-
-    Raises:
-        UserError: If Hydra cannot compose it.
-    """
-    parse(overrides)
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_module("gatl.conf", version_base="1.3"):
-            return hydra.compose("pretrain", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error
-    except ValueError as error:  # what Hydra raises for a group that is given no name
-        raise UserError(f"{' '.join(overrides)}: {error}") from error
 
 
 def checked(composed: DictConfig) -> PretrainConfig:
@@ -776,10 +757,10 @@ def main() -> None:
         if args.help or args.hydra_help or args.shell_completion or args.info:
             pass
         elif args.cfg:
-            compose(args.overrides)
+            compose(args.overrides, "pretrain")
         else:
             for overrides in split_jobs(args.overrides) if args.multirun else [args.overrides]:
-                checked(compose(overrides))
+                checked(compose(overrides, "pretrain"))
         job()
 
 

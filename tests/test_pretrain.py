@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import gatl.pretrain
+from gatl.cli import compose
 from gatl.data import digits
 from gatl.data.decode import to_rgb
 from gatl.data.source import Source
@@ -31,7 +32,6 @@ from gatl.pretrain import (
     backbone,
     checked,
     choose_precision,
-    compose,
     learning_rate_factor,
     pretraining_splits,
     run,
@@ -52,7 +52,7 @@ TINY = (
 
 
 def config(output: Path | str, *overrides: str) -> PretrainConfig:
-    return checked(compose([*TINY, f"output={output}", *overrides]))
+    return checked(compose([*TINY, f"output={output}", *overrides], "pretrain"))
 
 
 def pretrain(output: Path, *overrides: str) -> tuple[Path, str]:
@@ -270,7 +270,7 @@ def test_a_terminal_gets_a_progress_bar(capsys, tmp_path):
 )
 def test_a_wrong_setting_is_one_line(overrides: Sequence[str], message: str):
     with pytest.raises(UserError, match=message) as error:
-        checked(compose(overrides))
+        checked(compose(overrides, "pretrain"))
     assert "\n" not in str(error.value)
 
 
