@@ -62,17 +62,19 @@ def main() -> None:
                         "test_loss": figures["loss"],
                         "test_accuracy": figures["accuracy"],
                         "epochs": training["epochs"],
-                        "seconds": training["seconds"],
                     }
                 )
                 console.print(f"{name}, seed {seed}: {runs[name][-1]}")
     for name, trainings in runs.items():
-        for figure in ("val_loss", "test_accuracy", "seconds"):
+        for figure in ("val_loss", "test_accuracy"):
             values = [run[figure] for run in trainings]
             sd = statistics.stdev(values) if len(values) > 1 else 0.0
             console.print(f"{name}: {figure} {statistics.fmean(values):.4f} ± {sd:.4f}")
     RESULTS.parent.mkdir(exist_ok=True)
-    kept = {key: found[key] for key in ("best", "trials", "versions", "hardware", "seed")}
+    kept = {
+        key: found[key]
+        for key in ("best", "reevaluation", "trials", "versions", "hardware", "seed")
+    }
     RESULTS.write_text(json.dumps(kept | {"runs": runs}, indent=2) + "\n")
 
 

@@ -132,7 +132,7 @@ def finish(session: Session) -> float:
         candidates = reevaluate(session, record)
         session.evaluator.close()
         winner, classifier, training = _retrain_best(session, candidates)
-        test, matrix = _test(session, classifier)
+        figures, matrix = test(session, classifier)
     except (FitStopped, SystemExit):  # Lightning makes a SystemExit of a KeyboardInterrupt
         raise KeyboardInterrupt from None
     except UserError:
@@ -150,7 +150,7 @@ def finish(session: Session) -> float:
             "val_loss": winner.trial.value,
             "trial": winner.trial.number,
         },
-        "test": test,
+        "test": figures,
         "final": training,
         "reevaluation": [
             {"trial": c.trial.number, "genes": c.genes, "val_losses": c.val_losses, "mean": c.mean}
@@ -169,7 +169,7 @@ def finish(session: Session) -> float:
     }
     (folder / "final" / "fit" / "best.ckpt").replace(folder / "best.ckpt")
     _write_json(folder / "result.json", result)
-    _show(session, winner, test, matrix)
+    _show(session, winner, figures, matrix)
     return best.value
 
 
@@ -329,7 +329,7 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
     }
 
 
-def _test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
     """Test the final model on the images that nothing before has seen."""
     config, data, folder = session.config, session.data, session.folder / "final"
     trainer = build_trainer(config, 1, folder / "test", [], 0, enable_checkpointing=False)

@@ -465,7 +465,7 @@ def test_ctrl_c_in_the_final_training_leaves_no_model(tmp_path, data, monkeypatc
 
 
 def test_what_is_made_is_not_made_again(made, data, monkeypatch):
-    monkeypatch.setattr(final, "_test", refuse)
+    monkeypatch.setattr(final, "test", refuse)
     monkeypatch.setattr(final, "retrain", refuse)
     again = session_in(made.folder, data, refuse, losses=())
     assert finish(again) == 0.5
