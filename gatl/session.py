@@ -12,11 +12,13 @@ from pathlib import Path
 from types import FrameType
 
 import optuna
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from rich.console import Console
 
 from gatl.config import Config
 from gatl.data.images import PreparedData, describe, prepare
+from gatl.errors import UserError
 from gatl.evaluation import Evaluator, build_classifier, resolve_precision, silence
 from gatl.models.weights import read_weights
 from gatl.progress import decoding
@@ -70,6 +72,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     silence()
     resolve_precision(config.trainer)
     read_weights(config.model.weights)
+    strategy = _build_strategy(config)
     images = folder / ".images"
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
@@ -91,9 +94,6 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             if config.model.weights != "none":  # find out now whether they fit
                 largest = config.space.repair([gene.high for gene in config.space.genes])
                 build_classifier(config, data, config.space.to_dict(largest))
-            strategy = instantiate(config.search, _partial_=True, _convert_="all")(
-                space=config.space, seed=config.seed, initial=config.initial
-            )
             study = open_study(folder, strategy)
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = get_class(config.evaluator._target_)(config, data, cut)
@@ -107,6 +107,16 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                     evaluator.close()
         finally:
             shutil.rmtree(images, ignore_errors=True)
+
+
+def _build_strategy(config: Config) -> Strategy:
+    """Build what ``search=`` names; its settings are checked by itself."""
+    try:
+        build = instantiate(config.search, _partial_=True, _convert_="all")
+        strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
+    except (InstantiationException, TypeError, ValueError) as error:
+        raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
+    return strategy
 
 
 def _asking(stop: threading.Event, console: Console) -> Callable[[int, FrameType | None], None]:

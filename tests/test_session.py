@@ -157,3 +157,15 @@ def test_weights_are_tried_in_a_network_that_the_space_has(tmp_path, monkeypatch
     with open_run(tmp_path, "model.weights=x.pt", "space.included_layers.high=4"):
         pass
     assert [(genes["included_layers"], genes["frozen_layers"]) for genes in tried] == [(4, 4)]
+
+
+@pytest.mark.parametrize(
+    "override", ["+search.foo=1", "search.n_elites=50", "search._target_=os.nothing"]
+)
+def test_a_strategy_that_cannot_be_built_is_found_before_any_data(tmp_path, monkeypatch, override):
+    monkeypatch.setattr(digits, "load", lambda: pytest.fail("data was read"))
+    with (
+        pytest.raises(UserError, match=r"search cannot be built: .*(foo|n_elites|os\.nothing)"),
+        open_run(tmp_path, override),
+    ):
+        pass
