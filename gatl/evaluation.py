@@ -423,6 +423,8 @@ def _auto_workers(config: Config) -> int:
     """Return how many fits this machine can run at once: by GPUs or cores, and by memory."""
     if config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
         return int(torch.cuda.device_count())
+    if config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return 1  # there is one such device
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     batch = max(
         config.data.batch_size * TRAINING_BYTES_PER_PIXEL,

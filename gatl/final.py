@@ -153,7 +153,12 @@ def finish(session: Session) -> float:
         "test": figures,
         "final": training,
         "reevaluation": [
-            {"trial": c.trial.number, "genes": c.genes, "val_losses": c.val_losses, "mean": c.mean}
+            {
+                "trial": c.trial.number,
+                "genes": c.genes,
+                "val_losses": [loss if loss < math.inf else None for loss in c.val_losses],
+                "mean": c.mean if c.mean < math.inf else None,
+            }
             for c in candidates
         ],
         "trials": len(ended),
@@ -246,9 +251,14 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
             running += 1
         for i, outcome in session.evaluator.wait(timeout=0.2) if running else []:
             running -= 1
-            if not outcome.stopped:
-                known[str(fits[i].seed)] = outcome.to_json()
-                _write_json(path, known)
+            if outcome.stopped:
+                continue
+            known[str(fits[i].seed)] = outcome.to_json()
+            if outcome.error is not None:
+                session.console.print(f"re-evaluation of {fits[i].folder.name}: {outcome.error}")
+            # A failure that may pass is tried again the next time.
+            lasting = {k: o for k, o in known.items() if o["error"] is None or o["diverged"]}
+            _write_json(path, lasting)
     if session.stop.is_set():
         raise FitStopped
     outcomes = [Outcome(**known[str(fit.seed)]) for fit in fits]
@@ -259,6 +269,11 @@ def _retrain_best(
     session: Session, candidates: Sequence[Candidate]
 ) -> tuple[Candidate, Classifier, dict[str, Any]]:
     """Retrain the candidate with the best mean; one that diverges gives way to the next."""
+    if all(candidate.mean == math.inf for candidate in candidates):
+        raise UserError(
+            "Every candidate failed in its re-evaluation, for the reasons above. When that is "
+            f"mended, go on with  {final_command(session.folder)}"
+        )
     for candidate in sorted(candidates, key=lambda candidate: candidate.mean):
         try:
             return candidate, *retrain(session, candidate.genes)

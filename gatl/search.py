@@ -75,7 +75,7 @@ class Search:
         self._running: dict[Chromosome, int] = {}
         self._known: dict[Chromosome, int] = {}  # evaluated: the first trial with that result
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
-        self._any_ended = False
+        self._any_complete = False  # in this session: the first fit always finishes
         self._failures = 0
 
     def run(self) -> Ending:
@@ -92,7 +92,7 @@ class Search:
         self._take_up()
         while True:
             interrupted = self._stop.is_set()
-            late = time.monotonic() >= deadline and self._any_ended
+            late = time.monotonic() >= deadline and self._any_complete
             if interrupted or late:
                 self._cut.set()
             else:
@@ -179,6 +179,7 @@ class Search:
             self._queue.appendleft(number)
             return
         self._tell(number, outcome)
+        self._any_complete |= outcome.error is None
         if self._failures >= MAX_FAILURES:
             raise UserError(
                 f"{MAX_FAILURES} trials in a row failed; the last, {number}: {outcome.error} "
@@ -199,7 +200,6 @@ class Search:
 
     def _learn(self, trial: FrozenTrial) -> None:
         """Remember a result that counts for every equal chromosome."""
-        self._any_ended = True
         if trial.state is TrialState.COMPLETE or outcome_of(trial).diverged:
             self._known.setdefault(self._space.from_dict(trial.params), trial.number)
 

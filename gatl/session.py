@@ -20,7 +20,7 @@ from gatl.config import Config
 from gatl.data.images import PreparedData, describe, prepare
 from gatl.errors import UserError
 from gatl.evaluation import Evaluator, build_classifier, resolve_precision, silence
-from gatl.models.weights import read_weights
+from gatl.models.weights import load_weights, read_weights
 from gatl.progress import decoding
 from gatl.record import held, open_study
 from gatl.strategies.base import Strategy
@@ -93,7 +93,10 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 console.print(f"  left out: {line}", soft_wrap=True)
             if config.model.weights != "none":  # find out now whether they fit
                 largest = config.space.repair([gene.high for gene in config.space.genes])
-                build_classifier(config, data, config.space.to_dict(largest))
+                network = build_classifier(config, data, config.space.to_dict(largest)).network
+                console.print(f"Weights: {load_weights(network, config.model.weights)}")
+            else:
+                console.print("Weights: none, the network starts from random ones")
             study = open_study(folder, strategy)
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = get_class(config.evaluator._target_)(config, data, cut)

@@ -152,11 +152,17 @@ def test_weights_that_do_not_fit_are_found_before_the_search(tmp_path):
 
 def test_weights_are_tried_in_a_network_that_the_space_has(tmp_path, monkeypatch):
     tried = []
+
+    def load(network, weights):
+        tried.append((len(network.layers), network.n_frozen))
+        return "12 tensors loaded"
+
     monkeypatch.setattr("gatl.session.read_weights", lambda weights: None)
-    monkeypatch.setattr("gatl.session.build_classifier", lambda c, d, genes: tried.append(genes))
-    with open_run(tmp_path, "model.weights=x.pt", "space.included_layers.high=4"):
-        pass
-    assert [(genes["included_layers"], genes["frozen_layers"]) for genes in tried] == [(4, 4)]
+    monkeypatch.setattr("gatl.evaluation.load_weights", lambda network, weights: None)
+    monkeypatch.setattr("gatl.session.load_weights", load)
+    with open_run(tmp_path, "model.weights=x.pt", "space.included_layers.high=4") as session:
+        assert "Weights: 12 tensors loaded" in session.console.file.getvalue()
+    assert tried == [(4, 4)]
 
 
 @pytest.mark.parametrize(
