@@ -109,7 +109,7 @@ def resolve_precision(config: TrainerConfig) -> str:
     Raises:
         UserError: If the device that was asked for is missing or cannot do it.
     """
-    gpu = config.accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    gpu = _uses_cuda(config)
     if config.accelerator == "gpu" and not gpu:
         raise UserError("trainer.accelerator=gpu, but torch sees no GPU: use auto or cpu.")
     if config.precision == "16-mixed" and not gpu:
@@ -126,6 +126,11 @@ def resolve_precision(config: TrainerConfig) -> str:
     # GPUs before Ampere emulate bfloat16, slower than the 32 bits that it is to replace.
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if native else "16-mixed"
+
+
+def _uses_cuda(config: TrainerConfig) -> bool:
+    """Return whether fits run on CUDA devices."""
+    return config.accelerator in ("auto", "gpu") and torch.cuda.is_available()
 
 
 def silence() -> None:
@@ -171,12 +176,10 @@ def build_trainer(
     config: Config, epochs: int, folder: Path, callbacks: list[Callback], device: int, **more: Any
 ) -> lightning.Trainer:
     """Build a silent Trainer that logs into ``folder`` by the configured logger."""
-    accelerator = config.trainer.accelerator
-    gpu = accelerator in ("auto", "gpu") and torch.cuda.is_available()
     return lightning.Trainer(
         max_epochs=epochs,
-        accelerator=accelerator,
-        devices=[device] if gpu else 1,
+        accelerator=config.trainer.accelerator,
+        devices=[device] if _uses_cuda(config.trainer) else 1,
         precision=resolve_precision(config.trainer),  # type: ignore[arg-type]
         deterministic=config.trainer.deterministic,
         logger=_build_logger(config, folder),
@@ -421,7 +424,7 @@ class LocalEvaluator:
 
 def _auto_workers(config: Config) -> int:
     """Return how many fits this machine can run at once: by GPUs or cores, and by memory."""
-    if config.trainer.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+    if _uses_cuda(config.trainer):
         return int(torch.cuda.device_count())
     if config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return 1  # there is one such device

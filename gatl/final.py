@@ -345,7 +345,14 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
 
 
 def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
-    """Test the final model on the images that nothing before has seen."""
+    """Test the final model on the images that nothing before has seen.
+
+    Writes ``final/predictions.csv`` and ``final/confusion_matrix.csv``.
+
+    Returns:
+        What `measure` says, and the confusion matrix (n_classes, n_classes): a row
+        for each true class.
+    """
     config, data, folder = session.config, session.data, session.folder / "final"
     trainer = build_trainer(config, 1, folder / "test", [], 0, enable_checkpointing=False)
     trainer.logger = None  # what there is to keep is written below

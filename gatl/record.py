@@ -27,7 +27,6 @@ JOURNAL = "study.journal"
 HISTORY = "history.csv"
 OUTCOME = "outcome"  # the trial's user attribute
 SECONDS = "seconds"  # the study's user attribute
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @contextlib.contextmanager
@@ -167,13 +166,13 @@ class History:
             generation: From a number to the generation, where the strategy has any.
         """
         new = list(itertools.islice(trials, self._rows, None))
-        ended = list(itertools.takewhile(lambda trial: trial.state in ENDED, new))
+        ended = list(itertools.takewhile(lambda trial: trial.state.is_finished(), new))
         self._end = self._write(self._row(trial, generation(trial.number)) for trial in ended)
         self._rows += len(ended)
         self._write(
             self._row(trial, generation(trial.number))
             for trial in new[len(ended) :]
-            if trial.state in ENDED
+            if trial.state.is_finished()
         )
 
     def _row(self, trial: FrozenTrial, generation: int | None) -> tuple[object, ...]:

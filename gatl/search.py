@@ -19,7 +19,7 @@ from gatl.errors import UserError
 from gatl.evaluation import Evaluator, Fit, fit_seed
 from gatl.outcome import Outcome
 from gatl.progress import View
-from gatl.record import ENDED, SECONDS, History, outcome_of, resume_command, tell
+from gatl.record import SECONDS, History, outcome_of, resume_command, tell
 from gatl.strategies.base import Strategy
 from gatl.streams import Purpose
 
@@ -123,7 +123,7 @@ class Search:
         """Go on from the record: known results, and trials that were cut off."""
         trials = self._trials
         for trial in trials:
-            if trial.state in ENDED:
+            if trial.state.is_finished():
                 self._learn(trial)
             elif trial.number < self._config.n_trials:  # the budget may have shrunk
                 self._enqueue(trial)
@@ -204,7 +204,7 @@ class Search:
             self._known.setdefault(self._space.from_dict(trial.params), trial.number)
 
     def _publish(self, trials: list[FrozenTrial]) -> None:
-        while self._n_leading < len(trials) and trials[self._n_leading].state in ENDED:
+        while self._n_leading < len(trials) and trials[self._n_leading].state.is_finished():
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
 

@@ -19,7 +19,6 @@ class Purpose(IntEnum):
     FIT = 4
     REEVALUATION = 5
     FINAL = 6
-    RESEED = 7
 
 
 def generator(seed: int, purpose: Purpose, a: int = 0, b: int = 0) -> np.random.Generator:

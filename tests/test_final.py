@@ -207,6 +207,38 @@ def test_a_failed_reevaluation_loses(tmp_path, data, monkeypatch):
     assert [candidate.mean for candidate in candidates] == [float("inf"), 0.9, 0.9]
 
 
+def test_a_reevaluation_that_failed_in_passing_is_tried_again(tmp_path, data):
+    session = session_in(tmp_path, data)
+    session.evaluator.evaluate = lambda fit, i: (
+        Outcome(error="OSError: no space") if i == 1 else Outcome(0.9)
+    )
+    assert reevaluate(session, session.study.get_trials())[0].mean == float("inf")
+    assert "OSError: no space" in printed(session)
+    session.evaluator.evaluate = lambda fit, i: Outcome(0.1)
+    again = reevaluate(session, session.study.get_trials())
+    assert [candidate.val_losses for candidate in again] == [(0.9, 0.1), (0.9, 0.9), (0.9, 0.9)]
+
+
+def test_when_every_reevaluation_fails_the_searchs_score_does_not_decide(tmp_path, data):
+    session = session_in(tmp_path, data, lambda fit, i: Outcome(error="OSError: no space"))
+    with pytest.raises(UserError, match=r"Every candidate failed .*gatl\.final"):
+        finish(session)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_failed_reevaluation_is_null_in_the_result(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data)
+    session.evaluator.evaluate = lambda fit, i: (
+        Outcome(error="diverged", diverged=True) if i == 0 else Outcome(0.9)
+    )
+    cheaply(monkeypatch)
+    finish(session)
+    text = (tmp_path / "result.json").read_text()
+    result = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result["reevaluation"][0]["val_losses"] == [None, 0.9]
+    assert result["reevaluation"][0]["mean"] is None
+
+
 def test_an_interrupted_reevaluation_goes_on_where_it_was(tmp_path, data):
     session = session_in(tmp_path, data)
 

@@ -424,6 +424,23 @@ def test_a_spent_time_budget_lets_the_first_fit_finish_and_cuts_off_the_others(
     assert again.history == whole(tmp_path / "whole").history
 
 
+def test_in_every_session_the_first_fit_finishes(tmp_path, monkeypatch):
+    in_no_time(monkeypatch)
+    for n in (1, 2, 3):
+        run = Run(tmp_path, FakeEvaluator(1), overrides=["budget.time=1s"])
+        assert run() is Ending.TIME
+        assert len(rows(run.history)) == n
+
+
+def test_a_failed_fit_is_not_the_first_that_finishes(tmp_path, monkeypatch):
+    in_no_time(monkeypatch)
+    outcomes = iter([Outcome(error="diverged", diverged=True), Outcome(error="OSError: x")])
+    evaluator = FakeEvaluator(1, evaluate=lambda fit: next(outcomes, None) or plain(fit))
+    run = Run(tmp_path, evaluator, overrides=["budget.time=1s"])
+    assert run() is Ending.TIME
+    assert [row["state"] for row in rows(run.history)] == ["FAIL", "FAIL", "COMPLETE"]
+
+
 def test_ctrl_c_after_the_time_budget_counts(tmp_path, monkeypatch):
     in_no_time(monkeypatch)
     evaluator = FakeEvaluator(2)

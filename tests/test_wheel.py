@@ -14,8 +14,6 @@ import pytest
 CHECKOUT = Path(__file__).parents[1]
 SHIPPED = ("conf", "gatl", "pyproject.toml", "README.md", "LICENSE")
 
-pytestmark = pytest.mark.slow
-
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
     # Without the caller's PYTHON* and Hydra variables, which would change what is found and shown.

@@ -7,12 +7,10 @@ from typing import Any
 from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.streams import Purpose, generator
-
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class Strategy(BaseSampler):
@@ -97,7 +95,7 @@ class Strategy(BaseSampler):
         horizon = self.horizon(trial.number)
         record = study.get_trials(deepcopy=False)[:horizon]
         for earlier in record:
-            if earlier.state not in ENDED:
+            if not earlier.state.is_finished():
                 raise RuntimeError(
                     f"Trial {trial.number} depends on every trial numbered below {horizon}, "
                     f"but trial {earlier.number} is {earlier.state.name}."
