@@ -163,6 +163,14 @@ class Classifier(lightning.LightningModule):
         self.log_dict(metrics)
         self.epochs.append(metrics)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the learning curve."""
+        checkpoint["epochs"] = self.epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the learning curve up again."""
+        self.epochs = checkpoint.get("epochs", [])
+
     def on_test_start(self) -> None:
         """Forget the logits of an earlier test."""
         self.test_logits: list[Tensor] = []

@@ -9,7 +9,7 @@ imports no torch, so that a typing error costs no start-up time.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -224,9 +224,11 @@ class EvaluatorConfig:
     _target_: str
     workers: str
     threads: int
+    settings: dict[str, Any] = field(default_factory=dict)  # whatever else its YAML says
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        _require_target("evaluator", {"_target_": self._target_})
         valid = self.workers == "auto" or (
             self.workers.isdecimal() and 1 <= int(self.workers) <= MAX_PARALLEL
         )
@@ -382,6 +384,14 @@ def _space(node: DictConfig, model: ModelConfig) -> SearchSpace:
     return SearchSpace(tuple(genes.values()))
 
 
+def _evaluator(node: DictConfig) -> EvaluatorConfig:
+    """Set apart what an evaluator has beyond what all have; its class checks it."""
+    own = [name for name in node if name not in ("_target_", "workers", "threads")]
+    shared: DictConfig = OmegaConf.masked_copy(node, [name for name in node if name not in own])
+    settings = {str(name): node[name] for name in own}
+    return replace(_section(EvaluatorConfig, shared, "evaluator"), settings=settings)
+
+
 def _missing(node: object, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of the values that are ``???``."""
     for name, value in node.items() if isinstance(node, dict) else ():
@@ -443,7 +453,7 @@ def checked(composed: DictConfig) -> Config:
         initial=tuple(initial),
         ga=_section(GAConfig, cfg.ga, "ga"),
         trainer=_section(TrainerConfig, cfg.trainer, "trainer"),
-        evaluator=_section(EvaluatorConfig, cfg.evaluator, "evaluator"),
+        evaluator=_evaluator(cfg.evaluator),
         logger=OmegaConf.to_container(cfg.logger),  # type: ignore[arg-type]
         budget=_section(BudgetConfig, cfg.budget, "budget"),
         final=_section(FinalConfig, cfg.final, "final"),

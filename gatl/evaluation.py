@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,21 @@ class StopOnRequest(Callback):
             raise FitStopped
 
     on_validation_batch_end = on_train_batch_end
+
+
+class SeededEpochs(Callback):
+    """Draw an epoch's augmentation and dropout from the fit's seed and its number alone.
+
+    So a training that goes on from a checkpoint is the one that was never cut off.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        """Seed torch's global generators."""
+        stream = generator(self._seed, Purpose.FIT, trainer.current_epoch, 1)
+        torch.manual_seed(int(stream.integers(2**32)))
 
 
 @dataclass(frozen=True)
@@ -227,44 +242,42 @@ class Fitter:
             UserError: If no fit of this run can work, for example because the
                 weights do not fit the network.
         """
+        started = time.monotonic()
+        classifier: Classifier | None = None
         try:
-            return self._fit(fit)
+            torch.manual_seed(fit.seed)
+            classifier = build_classifier(self._config, self._data, fit.genes)
+            trainer = build_trainer(
+                self._config,
+                fit.epochs,
+                fit.folder,
+                [SeededEpochs(fit.seed), StopOnRequest(self._stop)],
+                self._device,
+                enable_checkpointing=False,
+            )
+            trainer.fit(classifier, datamodule=build_data(self._config, self._data, fit.seed))
+            best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
+            outcome = Outcome(val_loss=best["val_loss"], val_accuracy=best["val_accuracy"])
         except UserError:
             raise
         except FitStopped:
             return Outcome(stopped=True)
         except Diverged as error:
-            return Outcome(error=str(error), diverged=True)
+            outcome = Outcome(error=str(error), diverged=True)
         except Exception as error:  # whatever one fit meets must not end the search
             fit.folder.mkdir(parents=True, exist_ok=True)
             (fit.folder / "error.txt").write_text(traceback.format_exc())
-            return Outcome(error=reason(error))
+            outcome = Outcome(error=reason(error))
         finally:
             gc.collect()  # a Trainer and its module refer to each other
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-
-    def _fit(self, fit: Fit) -> Outcome:
-        started = time.monotonic()
-        torch.manual_seed(fit.seed)
-        classifier = build_classifier(self._config, self._data, fit.genes)
-        trainer = build_trainer(
-            self._config,
-            fit.epochs,
-            fit.folder,
-            [StopOnRequest(self._stop)],
-            self._device,
-            enable_checkpointing=False,
-        )
-        trainer.fit(classifier, datamodule=build_data(self._config, self._data, fit.seed))
-        best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
-        return Outcome(
-            val_loss=best["val_loss"],
-            val_accuracy=best["val_accuracy"],
-            epochs=len(classifier.epochs),
+        return replace(
+            outcome,
+            epochs=len(classifier.epochs) if classifier else 0,
             duration_s=time.monotonic() - started,
-            trainable_params=classifier.network.n_trainable,
-            total_params=classifier.network.n_parameters,
+            trainable_params=classifier.network.n_trainable if classifier else None,
+            total_params=classifier.network.n_parameters if classifier else None,
         )
 
 

@@ -45,6 +45,7 @@ from gatl.errors import UserError
 from gatl.evaluation import (
     Fit,
     FitStopped,
+    SeededEpochs,
     StopOnRequest,
     build_classifier,
     build_data,
@@ -117,6 +118,7 @@ def finish(session: Session) -> float:
     """
     started = time.monotonic()
     folder, console = session.folder, session.console
+    n_tests = _result(folder).get("tests", 0) + 1  # of this run, this one included
     record = session.study.get_trials(deepcopy=False)
     best = incumbent(record)
     if best is None or best.value is None:
@@ -151,6 +153,7 @@ def finish(session: Session) -> float:
             "trial": winner.trial.number,
         },
         "test": figures,
+        "tests": n_tests,
         "final": training,
         "reevaluation": [
             {
@@ -174,23 +177,34 @@ def finish(session: Session) -> float:
     }
     (folder / "final" / "fit" / "best.ckpt").replace(folder / "best.ckpt")
     _write_json(folder / "result.json", result)
-    _show(session, winner, figures, matrix)
+    for name in ("last.ckpt", "training.json"):  # they have done their duty; the logs stay
+        (folder / "final" / "fit" / name).unlink(missing_ok=True)
+    _show(session, winner, figures, matrix, n_tests)
     return best.value
 
 
 def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
     """Say where the final model is, if it has been made of so many trials with these settings."""
+    result = _result(folder)
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         if result["trials"] < n_ended or result["settings"] != asdict(config.final):
             return None
         accuracy = result["test"]["accuracy"]
-    except (OSError, ValueError, KeyError):
+    except KeyError:
         return None
     return (
         f"Nothing is left to do: the model of these {result['trials']} trials is made and tested "
         f"(accuracy {accuracy:.1%}). {_whereabouts(folder)}"
     )
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """Read ``result.json``; empty if no final model has been made, or it is damaged."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def final_command(folder: Path) -> str:
@@ -290,48 +304,63 @@ def _retrain_best(
 def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, dict[str, Any]]:
     """Train a chromosome for longer, with early stopping; keep the best epoch.
 
-    All cores take part, since no other fit runs.
+    All cores take part, since no other fit runs. A training that was cut off goes on
+    from its last whole epoch, as if it had not been.
 
     Returns:
         The classifier of the best epoch, and what there is to say of the training.
 
     Raises:
-        Diverged: If a loss was not finite.
+        Diverged: If a loss was not finite in the first epoch.
         FitStopped: If the user stopped it.
     """
     config, folder = session.config, session.folder / "final" / "fit"
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier final model
-    session.console.print(
-        f"Retraining the winner ({format_genes(genes)}) for up to {config.final.max_epochs} "
-        "epochs ..."
-    )
+    settings = {
+        "genes": dict(genes),
+        "max_epochs": config.final.max_epochs,
+        "patience": config.final.patience,
+    }
+    last, curve = _begun(folder, settings)
     started = time.monotonic()
     torch.set_num_threads(THREADS)
     seed = fit_seed(config.seed, Purpose.FINAL, genes)
     torch.manual_seed(seed)
     classifier = build_classifier(config, session.data, genes)
-    checkpoint = ModelCheckpoint(
-        folder,
-        "best",
-        monitor="val_loss",
-        save_weights_only=True,
-        enable_version_counter=False,
-    )
-    callbacks: list[Callback] = [
-        StopOnRequest(session.stop),  # type: ignore[arg-type]  # it needs is_set alone
-        EarlyStopping("val_loss", patience=config.final.patience),
-        checkpoint,
-        Epochs(session.console),
-    ]
-    trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
-    trainer.fit(classifier, datamodule=build_data(config, session.data, seed))
-    curve = classifier.epochs
+    if not _is_over(curve, config.final.max_epochs, config.final.patience):
+        begun = f", {len(curve)} of which are done" if curve else ""
+        session.console.print(
+            f"Retraining the winner ({format_genes(genes)}) for up to {config.final.max_epochs} "
+            f"epochs{begun} ..."
+        )
+        callbacks: list[Callback] = [
+            SeededEpochs(seed),
+            StopOnRequest(session.stop),  # type: ignore[arg-type]  # it needs is_set alone
+            EarlyStopping("val_loss", patience=config.final.patience),
+            ModelCheckpoint(
+                folder,
+                "best",
+                monitor="val_loss",
+                save_weights_only=True,
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(folder, "last", enable_version_counter=False),
+            Epochs(session.console),
+        ]
+        trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
+        images = build_data(config, session.data, seed)
+        try:
+            trainer.fit(classifier, datamodule=images, ckpt_path=last, weights_only=True)
+        except Diverged as error:
+            if not classifier.epochs:
+                raise
+            session.console.print(f"The final training {error}; its best epoch is kept.")
+        curve = classifier.epochs
     _write_csv(
         folder.parent / "learning_curve.csv",
         ("epoch", *curve[0]),
         ((i + 1, *epoch.values()) for i, epoch in enumerate(curve)),
     )
-    best = min(range(len(curve)), key=lambda i: curve[i]["val_loss"])
+    best = _best_epoch(curve)
     loaded = Classifier.load_from_checkpoint(folder / "best.ckpt", weights_only=True)
     return loaded, {
         "epochs": len(curve),
@@ -342,6 +371,34 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
         "threads": THREADS,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _begun(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[dict[str, float]]]:
+    """Return the checkpoint from which a training with these settings goes on, and its epochs.
+
+    If there is none, the folder is made empty: what lies there is another training's.
+    """
+    last, kept = folder / "last.ckpt", folder / "training.json"
+    try:
+        if json.loads(kept.read_text(encoding="utf-8")) == settings:
+            return last, torch.load(last, map_location="cpu", weights_only=True)["epochs"]
+    except Exception:  # nothing is there yet, or it is damaged: torch raises many kinds for that
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_json(kept, settings)
+    return None, []
+
+
+def _best_epoch(curve: Sequence[Mapping[str, float]]) -> int:
+    return min(range(len(curve)), key=lambda i: curve[i]["val_loss"])
+
+
+def _is_over(curve: Sequence[Mapping[str, float]], max_epochs: int, patience: int) -> bool:
+    """Whether a training of these epochs has reached its end, as early stopping sees it."""
+    if not curve:
+        return False
+    return len(curve) >= max_epochs or len(curve) - 1 - _best_epoch(curve) >= patience
 
 
 def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
@@ -423,9 +480,13 @@ def measure(
 
 
 def _show(
-    session: Session, winner: Candidate, test: Mapping[str, Any], matrix: npt.NDArray[np.int64]
+    session: Session,
+    winner: Candidate,
+    test: Mapping[str, Any],
+    matrix: npt.NDArray[np.int64],
+    n_tests: int,
 ) -> None:
-    """Print what was found, in a sentence and in tables."""
+    """Print what was found, in a sentence and in tables; say if others were tested before."""
     console, genes = session.console, winner.genes
     table = Table("class", box=None, pad_edge=False, header_style="bold")
     for column in ("precision", "recall", "F1", "images"):
@@ -451,9 +512,16 @@ def _show(
         f"Found: the first {genes['included_layers']} of {session.config.model.n_layers} layers, "
         + (f"{frozen} of them frozen" if frozen else "nothing frozen")
         + f", learning rate {genes['learning_rate']:.2g}, dropout {genes['dropout']:.2f}. "
-        f"Of {test['n']} images that nothing before has seen, {test['accuracy']:.1%} are "
-        f"classified right (95% interval {low:.1%} to {high:.1%})."
+        f"Of {test['n']} images that "
+        + ("nothing before has seen" if n_tests == 1 else "no training has seen")
+        + f", {test['accuracy']:.1%} are classified right "
+        f"(95% interval {low:.1%} to {high:.1%})."
     )
+    if n_tests > 1:
+        console.print(
+            f"This is final model {n_tests} of this run: whoever picks the best of them by these "
+            "figures makes them optimistic."
+        )
     console.print(_whereabouts(session.folder), soft_wrap=True)
 
 

@@ -1,10 +1,14 @@
 """What a run holds while it lasts: its folder, data, study, workers, and how it is stopped."""
 
 import contextlib
+import functools
+import importlib
+import inspect
 import multiprocessing
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
@@ -12,14 +16,22 @@ from pathlib import Path
 from types import FrameType
 
 import optuna
+import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from rich.console import Console
 
+from gatl.classifier import Classifier
 from gatl.config import Config
 from gatl.data.images import PreparedData, describe, prepare
 from gatl.errors import UserError
-from gatl.evaluation import Evaluator, build_classifier, resolve_precision, silence
+from gatl.evaluation import (
+    Evaluator,
+    build_classifier,
+    reason,
+    resolve_precision,
+    silence,
+)
 from gatl.models.weights import load_weights, read_weights
 from gatl.progress import decoding
 from gatl.record import held, open_study
@@ -73,6 +85,8 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     resolve_precision(config.trainer)
     read_weights(config.model.weights)
     strategy = _build_strategy(config)
+    evaluator_class = _evaluator_class(config)
+    _check_network(config)
     images = folder / ".images"
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
@@ -99,7 +113,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 console.print("Weights: none, the network starts from random ones")
             study = open_study(folder, strategy)
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
-            evaluator = get_class(config.evaluator._target_)(config, data, cut)
+            evaluator = evaluator_class(config, data, cut)
             with _on_signals(_asking(stop, console)):
                 try:
                     yield Session(
@@ -120,6 +134,34 @@ def _build_strategy(config: Config) -> Strategy:
     except (InstantiationException, TypeError, ValueError) as error:
         raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
     return strategy
+
+
+def _evaluator_class(config: Config) -> Callable[..., Evaluator]:
+    """Find what ``evaluator=`` names; it takes the configuration, the data, an event to stop at.
+
+    What else stands in its YAML, it takes as keywords.
+    """
+    target, settings = config.evaluator._target_, config.evaluator.settings
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+        inspect.signature(found).bind(config, None, None, **settings)
+    except Exception as error:  # an import may raise anything
+        raise UserError(f"evaluator._target_={target} cannot be used: {reason(error)}") from error
+    return functools.partial(found, **settings)
+
+
+def _check_network(config: Config) -> None:
+    """Build the largest network there can be, without its numbers: that takes no time."""
+    largest = config.space.to_dict(config.space.repair([g.high for g in config.space.genes]))
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # meta tensors cannot be initialised
+            Classifier(config.model.network, largest, ("a", "b"), {})
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.network cannot be built: {reason(error)}") from error
 
 
 def _asking(stop: threading.Event, console: Console) -> Callable[[int, FrameType | None], None]:

@@ -264,7 +264,9 @@ def test_fits_print_nothing_and_equal_those_of_another_process(fitter, config, d
 )
 def test_failure_is_an_outcome_with_its_reason(fitter, tmp_path, monkeypatch, error, reason):
     failing_fit(monkeypatch, error)
-    assert fitter(fit(tmp_path / "0")) == Outcome(error=reason)
+    outcome = fitter(fit(tmp_path / "0"))
+    assert outcome.error == reason
+    assert (outcome.val_loss, outcome.epochs, outcome.diverged) == (None, 0, False)
     trace = (tmp_path / "0" / "error.txt").read_text()
     assert trace.startswith("Traceback")
     assert type(error).__name__ in trace
@@ -286,7 +288,9 @@ def test_failure_is_an_outcome_with_its_reason(fitter, tmp_path, monkeypatch, er
 def test_want_of_memory_is_told_in_the_users_terms(fitter, tmp_path, monkeypatch, error):
     failing_fit(monkeypatch, error)
     reason = "out of memory: lower data.batch_size or data.image_size"
-    assert fitter(fit(tmp_path / "0")) == Outcome(error=reason)
+    outcome = fitter(fit(tmp_path / "0"))
+    assert outcome.error == reason
+    assert (outcome.val_loss, outcome.epochs, outcome.diverged) == (None, 0, False)
 
 
 def test_real_want_of_memory_on_a_cpu(fitter, tmp_path, monkeypatch):
@@ -298,6 +302,10 @@ def test_real_want_of_memory_on_a_cpu(fitter, tmp_path, monkeypatch):
 def test_divergence_is_a_result(fitter, tmp_path):
     outcome = fitter(fit(tmp_path / "0", GENES | {"learning_rate": 1e30}))
     assert outcome.diverged
+    assert outcome.duration_s > 0
+    sound = fitter(fit(tmp_path / "1"))
+    for name in ("trainable_params", "total_params"):
+        assert getattr(outcome, name) == getattr(sound, name) > 0
     assert outcome.error.startswith("diverged: ")
     assert outcome.val_loss is None
     assert not (tmp_path / "0" / "error.txt").exists()

@@ -306,6 +306,7 @@ def test_result_json_has_what_the_contract_names(result):
     }
     assert result["trials"] == 5
     assert result["evaluations"] == 5
+    assert result["tests"] == 1
     assert result["seed"] == 0
     assert result["classes"] == list(CLASSES)
     assert result["versions"]["torch"] == torch.__version__
@@ -496,6 +497,89 @@ def test_ctrl_c_in_the_final_training_leaves_no_model(tmp_path, data, monkeypatc
     assert (tmp_path / "best.ckpt").exists()
 
 
+@pytest.mark.parametrize("when", ["in an epoch", "after the last"])
+def test_a_final_training_goes_on_as_if_it_had_not_been_cut_off(
+    tmp_path, data, made, monkeypatch, when
+):
+    """`made` spoils its last epoch in a hook; so does this one, in the session that ends it."""
+    session = session_in(tmp_path, data)
+    session.evaluator.evaluate = favouring(session, 3)
+    interrupting = when == "in an epoch"
+
+    def spoil(self):
+        if self.current_epoch == 2:
+            if interrupting:
+                session.stop.set()
+            self.network.classifier.weight.data.mul_(-30)
+
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", spoil)
+    if interrupting:
+        with pytest.raises(KeyboardInterrupt):
+            finish(session)
+        interrupting = False
+    else:
+        tested = final.test
+        monkeypatch.setattr(final, "test", lambda *args: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(UserError, match="full"):
+            finish(session)
+        monkeypatch.setattr(final, "test", tested)
+        monkeypatch.setattr("lightning.Trainer.fit", refuse)
+    session.stop.clear()
+    finish(session)
+    assert ("2 of which are done" in printed(session)) == (when == "in an epoch")
+    for name in ("learning_curve.csv", "predictions.csv"):
+        assert (tmp_path / "final" / name).read_bytes() == (
+            made.folder / "final" / name
+        ).read_bytes()
+
+
+def test_another_winner_or_patience_starts_its_training_anew(tmp_path):
+    begun = {"genes": {"dropout": 0.5}, "max_epochs": 3, "patience": 2}
+    assert final._begun(tmp_path / "fit", begun) == (None, [])
+    torch.save({"epochs": [{"val_loss": 0.5}]}, tmp_path / "fit" / "last.ckpt")
+    assert final._begun(tmp_path / "fit", begun) == (
+        tmp_path / "fit" / "last.ckpt",
+        [{"val_loss": 0.5}],
+    )
+    (tmp_path / "fit" / "last.ckpt").write_bytes(b"torn")
+    assert final._begun(tmp_path / "fit", begun) == (None, [])
+    torch.save({"epochs": [{"val_loss": 0.5}]}, tmp_path / "fit" / "last.ckpt")
+    assert final._begun(tmp_path / "fit", begun | {"patience": 3}) == (None, [])
+    assert not (tmp_path / "fit" / "last.ckpt").exists()
+
+
+def test_a_training_that_diverges_late_keeps_its_best_epoch(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data)
+
+    def diverge(self):
+        if self.current_epoch == 1:
+            self.network.classifier.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", diverge)
+    finish(session)
+    assert "its best epoch is kept" in printed(session)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["final"]["epochs"], result["final"]["best_epoch"]) == (1, 1)
+    classifier = Classifier.load_from_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+    assert logits_of(classifier, data.test).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "over"),
+    [
+        ([], False),
+        ([3, 2, 1], False),
+        ([3, 2, 1, 0.5], True),  # max_epochs
+        ([1, 2], False),
+        ([1, 2, 1], True),  # an equal loss is no better one
+        ([2, 1, 3], False),
+    ],
+)
+def test_a_training_is_over_when_early_stopping_says_so(losses, over):
+    curve = [{"val_loss": loss} for loss in losses]
+    assert final._is_over(curve, max_epochs=4, patience=2) == over
+
+
 def test_what_is_made_is_not_made_again(made, data, monkeypatch):
     monkeypatch.setattr(final, "test", refuse)
     monkeypatch.setattr(final, "retrain", refuse)
@@ -521,7 +605,11 @@ def test_more_trials_or_other_settings_make_another_model(made, data, tmp_path, 
     cheaply(monkeypatch)
     session.stop.clear()
     assert finish(session) == 0.1
-    assert json.loads((folder / "result.json").read_text())["trials"] == 6
+    written = json.loads((folder / "result.json").read_text())
+    assert written["trials"] == 6
+    assert written["tests"] == 2
+    assert "nothing before has seen" not in printed(session)
+    assert "final model 2 of this run" in printed(session)
     assert (folder / "best.ckpt").read_bytes() != before
     config = checked(compose([*OVERRIDES, "final.max_epochs=4"]))
     assert final.made_before(folder, session.config, 6) is not None

@@ -175,3 +175,41 @@ def test_a_strategy_that_cannot_be_built_is_found_before_any_data(tmp_path, monk
         open_run(tmp_path, override),
     ):
         pass
+
+
+class TwoArmed(LocalEvaluator):
+    """Another evaluator: one class, and settings of its own in its YAML."""
+
+    def __init__(self, config, data, stop, arms):
+        super().__init__(config, data, stop)
+        self.arms = arms
+
+
+def test_another_evaluator_gets_its_own_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("gatl.evaluation.TwoArmed", TwoArmed, raising=False)
+    overrides = ("evaluator._target_=gatl.evaluation.TwoArmed", "+evaluator.arms=2")
+    with open_run(tmp_path, *overrides) as session:
+        assert isinstance(session.evaluator, TwoArmed)
+        assert session.evaluator.arms == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("evaluator._target_=gatl.evaluation.Nope", "no attribute 'Nope'"),
+        ("evaluator._target_=nowhere.Evaluator", "No module named 'nowhere'"),
+        ("+evaluator.num_gpus=1", "unexpected keyword argument 'num_gpus'"),
+        ("model.network.growth_rate=-3", "growth_rate=-3"),
+        ("model.network.block_config=[58,0]", "at least 1"),
+        ("model.network.growth_rate=wide", "model.network cannot be built"),
+        ("+model.network.width=2", "unexpected keyword argument 'width'"),
+        ("model.n_layers=59", r"in \[1, 58\]"),
+    ],
+)
+def test_what_cannot_be_built_is_known_before_any_image_is_read(
+    tmp_path, monkeypatch, override, said
+):
+    monkeypatch.setattr(digits, "load", lambda: pytest.fail("images were read"))
+    with pytest.raises(UserError, match=said) as raised, open_run(tmp_path, override):
+        pass
+    assert "\n" not in str(raised.value)

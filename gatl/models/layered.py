@@ -3,7 +3,7 @@
 Shapes: B images, C channels, H by W pixels, K classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import torch
@@ -26,6 +26,11 @@ class LayeredNetwork(nn.Module):
         dropout: Probability of dropping a pooled feature, in [0, 1).
         fixed_neck: Whether the neck's normalisation came with pretrained
             weights, so that a linear probe leaves it as it is.
+        whole: Whether all layers of the backbone are included. Only then is the neck
+            the backbone's own, which pretrained weights hold.
+        names: How the backbone's tensors, but for the classifier's, are called by the
+            library that its weights come from, and here. All those of the whole
+            backbone are listed, so that another network's weights are told.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class LayeredNetwork(nn.Module):
         dropout: float,
         *,
         fixed_neck: bool,
+        whole: bool = True,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -46,6 +53,8 @@ class LayeredNetwork(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(n_features, n_classes)
         self.fixed_neck = fixed_neck
+        self.whole = whole
+        self.names = dict(names or {})
         self.n_frozen = 0
 
     @property

@@ -105,6 +105,11 @@ def se_densenet(
     Raises:
         UserError: If there is no layer L.
     """
+    if growth_rate < 1 or init_features < 1 or min(block_config, default=0) < 1:
+        raise UserError(
+            "`growth_rate`, `init_features` and each of `block_config` must be at least 1, but got "
+            f"({growth_rate=}, {init_features=}, block_config={list(block_config)})."
+        )
     if not 1 <= included_layers <= sum(block_config):
         raise UserError(
             f"included_layers must be in [1, {sum(block_config)}] for blocks of "
