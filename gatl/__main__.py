@@ -8,15 +8,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gatl.cli import compose, compose_resumed, one_line_errors, parse, split_jobs
+from gatl.cli import (
+    compose,
+    compose_resumed,
+    default_folder,
+    narrow_output,
+    new_folder,
+    one_line_errors,
+    parse,
+    read_command_line,
+    remember,
+    split_jobs,
+)
 from gatl.config import Config, checked
+from gatl.data import folder as image_folder
 from gatl.errors import UserError
+
+LARGE = 128
+"""Pixels of a side from which on a search takes long without a GPU."""
 
 
 def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
@@ -25,7 +39,7 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     Args:
         config: The checked configuration.
         folder: The run folder.
-        again: The overrides that going on with this run needs.
+        again: The overrides with which the run goes on; they are kept for the next time.
 
     Raises:
         UserError: If the run cannot go on; its message says how it can.
@@ -34,22 +48,19 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     # Imported here because torch takes seconds, which a typing error need not wait for.
     from gatl.final import final_command, finish
     from gatl.progress import View, format_duration, new_console
-    from gatl.record import HISTORY, resume_command
+    from gatl.record import any_complete, resume_command
     from gatl.search import Ending, Search
     from gatl.session import opened
 
     console = new_console()
-    console.print(f"Run folder: {folder}", soft_wrap=True)
     try:
         with opened(config, folder, console) as session:
+            remember(folder, again)
+            again = ()
             n_workers = session.evaluator.n_workers
-            limit = "" if config.budget.time is None else f", for at most {config.budget.time}"
-            console.print(
-                f"Ahead: {config.n_trials} trials of {config.trainer.max_epochs} epochs over "
-                f"{len(session.data.train)} images, {n_workers} at once{limit}; then "
-                f"{config.final.top_k} x {config.final.seeds} re-evaluations and a final training "
-                f"of up to {config.final.max_epochs} epochs."
-            )
+            console.print(f"Run folder: {folder}", soft_wrap=True)
+            for line in _ahead(config, len(session.data.train), n_workers):
+                console.print(line)
             view = View(
                 console,
                 config.n_trials,
@@ -75,11 +86,36 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
             console.print(f"The search has ended: {ending.value} ({spent}).")
             return finish(session)
     except KeyboardInterrupt:
-        line = f"Stopped. Go on with  {resume_command(folder, *again)}"
-        if (folder / HISTORY).exists():
-            line += f"  or make the model of what was found with  {final_command(folder)}"
-        console.print(line, soft_wrap=True)
+        # Commands stand on lines of their own, to be copied.
+        console.print(f"Stopped. Go on with\n  {resume_command(folder, *again)}", soft_wrap=True)
+        if any_complete(folder):
+            made = f"or make the model of what was found with\n  {final_command(folder)}"
+            console.print(made, soft_wrap=True)
         raise
+
+
+def _ahead(config: Config, n_images: int, n_workers: int) -> list[str]:
+    """Say what a run will do, and what is better done without a GPU where there is none."""
+    import torch
+
+    from gatl.progress import format_count
+
+    epochs = format_count(config.trainer.max_epochs, "epoch")
+    limit = "" if config.budget.time is None else f", for at most {config.budget.time}"
+    lines = [
+        f"Ahead: {format_count(config.n_trials, 'trial')} of {epochs} over "
+        f"{format_count(n_images, 'image')}, {n_workers} at once{limit};",
+        f"then {format_count(config.final.top_k * config.final.seeds, 're-evaluation')} and a "
+        f"final training of up to {format_count(config.final.max_epochs, 'epoch')}.",
+    ]
+    gpu = config.trainer.accelerator != "cpu" and torch.accelerator.is_available()
+    if config.data.image_size >= LARGE and not gpu:
+        lines += [
+            f"Without a GPU, images of {config.data.image_size} px take very long. "
+            "model=se_densenet121_k12 suits",
+            "a CPU (64 px), and experiment=quickstart is a whole run in minutes.",
+        ]
+    return lines
 
 
 def resume(folder: Path, overrides: Sequence[str]) -> None:
@@ -93,10 +129,18 @@ def resume(folder: Path, overrides: Sequence[str]) -> None:
     from gatl.progress import new_console
 
     if (made := made_before(folder, config, config.n_trials)) is not None:
+        with held(folder):
+            remember(folder, overrides)
         new_console().print(made, soft_wrap=True)
         return
     os.chdir(original_folder(folder))
     run(config, folder, overrides)
+
+
+def _check_images(config: Config) -> None:
+    """Look for the user's own images; what is wrong there need not wait seconds for torch."""
+    if config.data.source["_target_"] == f"{image_folder.__name__}.{image_folder.load.__name__}":
+        image_folder.find_splits(config.data.source["root"])
 
 
 def must_be_new(folder: Path) -> None:
@@ -146,16 +190,17 @@ def _discard_unused(folder: Path) -> None:
 
 def main() -> None:
     """Check the command line as far as it can be, then hand it to Hydra."""
-    args = get_args_parser().parse_args()
-    words: list[str] = args.overrides
-    resumed = [word for word in words if word.startswith("resume=")]
-    informative = args.help or args.hydra_help or args.shell_completion
-    elsewhere = args.config_dir or args.config_name or args.config_path
     with one_line_errors():
-        if elsewhere or informative or args.info:
-            job()
-        elif args.cfg:
-            compose(words)
+        args = read_command_line()
+        words: list[str] = args.overrides
+        resumed = [word for word in words if word.startswith("resume=")]
+        elsewhere = args.config_dir or args.config_name or args.config_path
+        if args.help or args.info or args.cfg:
+            if not elsewhere:
+                compose(words)
+            with narrow_output() if args.help else contextlib.nullcontext():
+                job()
+        elif elsewhere or args.hydra_help or args.shell_completion:
             job()
         elif resumed:
             if args.multirun or len(resumed) > 1:
@@ -163,16 +208,34 @@ def main() -> None:
             folder = Path(resumed[0].removeprefix("resume=")).expanduser().absolute()
             resume(folder, [word for word in words if word not in resumed])
         elif args.multirun:
-            for overrides in split_jobs(words):
-                checked(compose(overrides))
+            jobs = split_jobs(words)
+            for overrides in jobs:
+                _check_images(checked(compose(overrides)))
+            _use_new_folder("hydra.sweep.dir", words, jobs[0])
             with _hydra_raises():
                 job()
         else:
-            checked(compose(words))
-            for override in parse(words):
-                if override.key_or_group == "hydra.run.dir":  # before Hydra writes into it
-                    must_be_new(Path(str(override.value())))
+            _check_images(checked(compose(words)))
+            _use_new_folder("hydra.run.dir", words, words)
             job()
+
+
+def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) -> None:
+    """See to it that Hydra writes into no other run's folder.
+
+    Args:
+        key: What names the folder to Hydra.
+        words: The overrides of the command line, those of a sweep among them.
+        overrides: Those of a run, or of one job of the sweep.
+
+    Raises:
+        UserError: If the user named a folder that holds a run.
+    """
+    given = [override for override in parse(words) if override.key_or_group == key]
+    if not given:
+        sys.argv.insert(1, f"{key}={new_folder(default_folder(key, overrides))}")
+    elif key == "hydra.run.dir":  # each job of a sweep has one inside, which it looks at itself
+        must_be_new(Path(str(given[-1].value())))
 
 
 @contextlib.contextmanager

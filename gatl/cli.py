@@ -5,17 +5,21 @@ and checked before Hydra's main function sees the command line, so that every
 typing error is one line, and no run folder is made for it.
 """
 
+import argparse
 import contextlib
 import difflib
 import functools
+import io
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,10 +33,113 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from gatl import __version__
 from gatl.chromosome import KNOWN_GENES
 from gatl.errors import UserError
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final")
+_LITERAL = re.compile(
+    r"""
+    (?P<key>[^=~]+)=
+    (?P<value>(?!.*\$\{)                    # no interpolation,
+        [^()\[\]{},='"\\]*                  # nothing that has a meaning in Hydra's grammar,
+        [^()\[\]{},='"\\\w/+.$%*@?|:\ \t-]  # but something that the grammar does not know,
+        [^()\[\]{},='"\\]*)
+    """,
+    re.ASCII | re.VERBOSE,
+)
+"""An override whose value can only be meant as it stands, and yet is none to Hydra."""
+
+
+def read_command_line(command: str = "python -m gatl") -> argparse.Namespace:
+    """Read Hydra's options and the overrides, which may stand among each other.
+
+    ``sys.argv`` is written anew, in the one order that Hydra reads, and with quotes
+    around what its grammar has no word for.
+
+    Args:
+        command: What the user typed in front of it.
+
+    Returns:
+        What Hydra will read; the overrides are its attribute ``overrides``.
+
+    Raises:
+        UserError: If an option is wrong, or two do not go together.
+        SystemExit: After ``--version``.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = parser.allow_abbrev = False
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        sys.stdout.write(f"gatl {__version__}\n")
+        sys.exit()
+    try:
+        args, unknown = parser.parse_known_intermixed_args()
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see {command} --help.") from error
+    if unknown:
+        raise UserError(
+            f"{unknown[0]} is no option: write KEY=VALUE, as in ga.pop=4; see {command} --help."
+        )
+    if sum(map(bool, (args.run, args.multirun, args.cfg, args.info, args.shell_completion))) > 1:
+        raise UserError("Give one of --run, --multirun, --cfg, --info and --shell-completion.")
+    if args.resolve and not (args.cfg or args.help):
+        raise UserError("--resolve goes with --cfg.")
+    options = sys.argv[1:]
+    for word in args.overrides:
+        options.remove(word)
+    # resume=FOLDER is no override: its value is taken as it stands.
+    args.overrides = [w if w.startswith("resume=") else quoted(w) for w in args.overrides]
+    sys.argv[1:] = [*args.overrides, *options]
+    return args
+
+
+def quoted(word: str) -> str:
+    """Quote the value of an override if Hydra's grammar lacks a letter of it, as in ``~/photos``.
+
+    What might mean something else, a list or a function or a value in quotes, is
+    left as it is.
+    """
+    match = _LITERAL.fullmatch(word)
+    return f'{match["key"]}="{match["value"]}"' if match else word
+
+
+@contextlib.contextmanager
+def narrow_output(width: int = 80) -> Iterator[None]:
+    """Let no line of what is printed be longer, as Hydra's list of a group's choices may be."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            whole = len(line) <= width
+            rows = [line] if whole else _breaks(line, width)
+            sys.stdout.write("\n".join(rows) + "\n")
+
+
+def _breaks(line: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def help_requested(words: Sequence[str], text: str) -> bool:
+    """Print what a command's ``--help``, ``-h`` or ``--version`` asks for.
+
+    Args:
+        words: The command line.
+        text: The help.
+
+    Returns:
+        Whether it was asked for, so that the command has nothing else to do.
+    """
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(f"{text}\n")
+        return True
+    if "--version" in words:
+        sys.stdout.write(f"gatl {__version__}\n")
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -93,8 +200,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
             parsed += parser.parse_overrides([line])
         except HydraException as error:
             raise UserError(
-                f"{line!r} is no override: write KEY=VALUE; a value with blanks, brackets or "
-                "letters beyond a to z needs quotes of its own, as in 'data.root=\"my photos\"'."
+                f"{line!r} is no override: write KEY=VALUE; a value with brackets, commas, quotes "
+                "or = needs quotes of its own, as in 'data.root=\"photos (1)\"'."
             ) from error
         if not parsed[-1].key_or_group:
             raise UserError(f"{line!r} is no override: write KEY=VALUE.")
@@ -161,6 +268,56 @@ def compose_resumed(folder: Path, overrides: Sequence[str]) -> DictConfig:
         except OmegaConfBaseException as error:
             raise UserError(_no_setting(str(error.full_key), "config")) from error
     return config
+
+
+def remember(folder: Path, overrides: Sequence[str]) -> None:
+    """Keep what a run was told when it went on, so that the next time needs no word of it.
+
+    Args:
+        folder: The run folder, which this process holds.
+        overrides: What `compose_resumed` took.
+    """
+    if not overrides:
+        return
+    kept = folder / ".hydra" / "overrides.yaml"
+    before = OmegaConf.to_object(OmegaConf.load(kept)) if kept.is_file() else []
+    keys = {override.key_or_group for override in parse(overrides)}
+    stay = [w for w in before if str(w).partition("=")[0].lstrip("+") not in keys]  # type: ignore[union-attr]
+    config = compose_resumed(folder, overrides)
+    for path, content in {
+        kept.with_name("config.yaml"): config,
+        kept: OmegaConf.create([*stay, *overrides]),
+    }.items():
+        new = path.with_name(f".{path.name}.new")
+        OmegaConf.save(content, new)
+        new.replace(path)
+
+
+def default_folder(key: str, overrides: Sequence[str]) -> Path:
+    """Return what ``hydra.run.dir`` or ``hydra.sweep.dir`` is now."""
+    with _initialised():
+        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        return Path(str(OmegaConf.select(composed, key)))
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder of this name, or with a number behind it if another run has just done so.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}_{number}")
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be made: {error.strerror}; give another with hydra.run.dir=PATH."
+            ) from error
 
 
 @contextlib.contextmanager

@@ -33,9 +33,12 @@ GROUPS = (
 )
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 SE_CHOICES = {"placement": ("block", "layer", "none"), "init": ("identity", "kaiming")}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 AUGMENTATIONS = ("none", "flip", "crop_flip", "trivial")
 MAX_PARALLEL = 1024
 """Workers, or threads of one, that a machine may be asked for; a slip of the hand exceeds it."""
+ELITES = 2
+"""Elites of a population that is larger, where no number is given."""
 T = TypeVar("T")
 _TIME = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
 _KINDS = {
@@ -104,6 +107,17 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def _timm(name: object, key: str) -> object:
+    """Return what `describe` says of a timm model; only then timm and torch are imported."""
+    from gatl.models.timm_network import describe
+
+    value = describe(str(name))[key]
+    return OmegaConf.create(value) if isinstance(value, list) else value
+
+
+OmegaConf.register_new_resolver("timm", _timm, replace=True)
+
+
 @dataclass(frozen=True)
 class GeneConfig:
     """One gene of the search space: a range, or one fixed value."""
@@ -125,8 +139,8 @@ class DataConfig:
     batch_size: int
     split_seed: int
     augment: str
-    class_weights: bool
     max_bad: float
+    class_weights: bool = False  # pretraining has no such choice
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -151,9 +165,13 @@ class ModelConfig:
     image_size: int
     min_image_size: int
     weights: str
+    sources: dict[
+        str, Any
+    ]  # what weights can name beside none and a file; by word, what returns it
     mean: list[float]
     std: list[float]
-    dropout_at: str
+    interpolation: str
+    dropout_at: str | None  # None: in front of the classifier, the backbone has no choice
     se: dict[str, str]  # placement and init; empty for a network without SE
 
     def __post_init__(self) -> None:
@@ -163,7 +181,18 @@ class ModelConfig:
         _require_range("model.n_freezable", self.n_freezable, 0, self.n_layers)
         _require_range("model.min_image_size", self.min_image_size, 1)
         _require_range("model.image_size", self.image_size, self.min_image_size)
-        _require_choice("model.dropout_at", self.dropout_at, ("head", "layers"))
+        for name, source in self.sources.items():
+            _require(
+                isinstance(source, dict), f"model.sources.{name}", source, "a group of settings"
+            )
+            _require_target(f"model.sources.{name}", source)
+        _require_choice("model.interpolation", self.interpolation, INTERPOLATIONS)
+        if "dropout_at" in self.network:
+            at, allowed = self.dropout_at, "one of head, layers"
+            _require(at in ("head", "layers"), "model.dropout_at", at, allowed)
+        else:
+            allowed = f"null for model={self.name}, which drops in front of the classifier only"
+            _require(self.dropout_at is None, "model.dropout_at", self.dropout_at, allowed)
         for name, value in self.se.items():
             _require_choice("model.se", name, tuple(SE_CHOICES))
             _require_choice(f"model.se.{name}", value, SE_CHOICES[name])
@@ -189,10 +218,12 @@ class GAConfig:
         """Check the ranges."""
         _require_range("ga.pop", self.pop, 2)
         _require_range("ga.generations", self.generations, 1)
-        _require_range("ga.tournament_size", self.tournament_size, 1, self.pop)
+        size, allowed = self.tournament_size, f"in [1, {self.pop}], at most ga.pop={self.pop}"
+        _require(1 <= size <= self.pop, "ga.tournament_size", size, allowed)
         _require_range("ga.crossover_prob", self.crossover_prob, 0, 1)
         _require_range("ga.mutation_prob", self.mutation_prob, 0, 1)
-        _require_range("ga.n_elites", self.n_elites, 0, self.pop - 1)
+        allowed = f"in [0, {self.pop - 1}], below ga.pop={self.pop}"
+        _require(0 <= self.n_elites < self.pop, "ga.n_elites", self.n_elites, allowed)
         _require_range("ga.duplicate_retries", self.duplicate_retries, 0, 1000)
 
     @property
@@ -268,8 +299,8 @@ class FinalConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for field in fields(self):
-            _require_range(f"final.{field.name}", getattr(self, field.name), 1)
+        for each in fields(self):
+            _require_range(f"final.{each.name}", getattr(self, each.name), 1)
 
 
 @dataclass(frozen=True)
@@ -313,6 +344,16 @@ class Config:
                     )
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared for the network, as plain data."""
+        return {
+            "image_size": self.data.image_size,
+            "interpolation": self.model.interpolation,
+            "mean": list(self.model.mean),
+            "std": list(self.model.std),
+        }
+
+    @property
     def n_trials(self) -> int:
         """The trials that end the search."""
         return self.ga.n_trials if self.budget.trials is None else self.budget.trials
@@ -340,6 +381,17 @@ def _section(cls: type[T], node: object, key: str) -> T:
     return converted
 
 
+def _require_gene(key: str, name: str, value: float, model: ModelConfig) -> None:
+    """Check a value of a known gene against what the gene can mean in this network."""
+    known = KNOWN_GENES[name]
+    if known.kind is int:
+        allowed = f"a whole number in [{known.low}, {model.n_layers}]"
+        holds = float(value).is_integer() and known.low <= value <= model.n_layers
+    else:
+        allowed, holds = f"a number in {known.interval}", known.allows(value)
+    _require(holds, key, value, allowed)
+
+
 def _gene(name: str, node: object, model: ModelConfig) -> Gene:
     """Convert one gene of the space and check it against what the gene can mean."""
     key = f"space.{name}"
@@ -355,12 +407,7 @@ def _gene(name: str, node: object, model: ModelConfig) -> Gene:
         raise UserError(f"{key} needs low and high, or one value.")
     ends = {"value": low} if gene.value is not None else {"low": low, "high": high}
     for end, number in ends.items():
-        if known.kind is int:
-            allowed = f"a whole number in [{known.low}, {model.n_layers}]"
-            holds = number.is_integer() and known.low <= number <= model.n_layers
-        else:
-            allowed, holds = f"a number in {known.interval}", known.allows(number)
-        _require(holds, f"{key}.{end}", number, allowed)
+        _require_gene(f"{key}.{end}", name, number, model)
     if low > high:
         raise UserError(f"{key}: low <= high must hold, but got (low={low:g}, high={high:g}).")
     log = gene.log and gene.value is None
@@ -386,10 +433,10 @@ def _space(node: DictConfig, model: ModelConfig) -> SearchSpace:
 
 def _evaluator(node: DictConfig) -> EvaluatorConfig:
     """Set apart what an evaluator has beyond what all have; its class checks it."""
-    own = [name for name in node if name not in ("_target_", "workers", "threads")]
-    shared: DictConfig = OmegaConf.masked_copy(node, [name for name in node if name not in own])
-    settings = {str(name): node[name] for name in own}
-    return replace(_section(EvaluatorConfig, shared, "evaluator"), settings=settings)
+    shared = ("_target_", "workers", "threads")
+    settings = {str(name): node[name] for name in node if name not in shared}
+    flat = OmegaConf.masked_copy(node, [name for name in shared if name in node])
+    return replace(_section(EvaluatorConfig, flat, "evaluator"), settings=settings)
 
 
 def _missing(node: object, prefix: str = "") -> Iterator[str]:
@@ -398,6 +445,13 @@ def _missing(node: object, prefix: str = "") -> Iterator[str]:
         if value == "???":
             yield f"{prefix}{name}"
         yield from _missing(value, f"{prefix}{name}.")
+
+
+def _fill_elites(ga: object) -> None:
+    """Let the number of elites, where none is given, follow the population: 2, or all but one."""
+    if isinstance(ga, DictConfig) and "n_elites" in ga and ga.n_elites is None:
+        pop = ga.get("pop")  # checked later, so it may be anything yet
+        ga.n_elites = min(ELITES, pop - 1) if isinstance(pop, int) else ELITES
 
 
 def checked(composed: DictConfig) -> Config:
@@ -423,8 +477,11 @@ def checked(composed: DictConfig) -> Config:
         if name not in ("seed", "resume", *GROUPS):
             raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}.")
     try:
+        _fill_elites(cfg.ga)
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
+        if isinstance(error.__context__, UserError):  # what a resolver raised
+            raise error.__context__ from None
         reason = (error.msg or str(error)).splitlines()[0].rstrip(".")
         raise UserError(f"The configuration cannot be resolved: {reason}.") from error
     for key in GROUPS:
@@ -442,6 +499,8 @@ def checked(composed: DictConfig) -> Config:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             holds = number and math.isfinite(value)
             _require(holds, f"search.initial {name}", value, "a finite number")
+            if name in KNOWN_GENES:
+                _require_gene(f"search.initial {name}", name, value, model)
     if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
         raise UserError(f"seed must be a whole number in [0, {2**32}), but got {cfg.seed!r}.")
     return Config(

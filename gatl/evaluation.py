@@ -33,7 +33,8 @@ from gatl.config import Config, TrainerConfig
 from gatl.data.images import PreparedData
 from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
-from gatl.models.weights import load_weights
+from gatl.models.weight_files import read_weights
+from gatl.models.weights import load
 from gatl.outcome import Outcome
 from gatl.streams import Purpose, generator
 
@@ -163,14 +164,11 @@ def build_classifier(config: Config, data: PreparedData, genes: Mapping[str, flo
         network=model.network,
         genes=dict(genes),
         classes=list(data.classes),
-        preprocessing={
-            "image_size": config.data.image_size,
-            "mean": list(model.mean),
-            "std": list(model.std),
-        },
+        preprocessing=config.preprocessing,
         class_weights=[float(w) for w in weights] if config.data.class_weights else None,
     )
-    load_weights(classifier.network, model.weights)
+    if (pretrained := read_weights(model.weights, model.sources)) is not None:
+        load(classifier.network, pretrained)
     return classifier
 
 
@@ -306,8 +304,8 @@ class Evaluator(Protocol):
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Return the fits that have ended, after the first one or ``timeout`` seconds."""
 
-    def close(self) -> None:
-        """Free the workers, once their fits have ended."""
+    def close(self, *, now: bool = False) -> None:
+        """Free the workers, once their fits have ended, or at once if that can be done."""
 
 
 _fitter: Fitter  # of a worker process
@@ -415,9 +413,16 @@ class LocalEvaluator:
             ended.append((key, outcome))
         return sorted(ended, key=lambda pair: pair[0])
 
-    def close(self) -> None:
-        """End the workers, once their fits have ended: set ``stop`` to make that soon."""
+    def close(self, *, now: bool = False) -> None:
+        """End the workers, once their fits have ended: set ``stop`` to make that soon.
+
+        Args:
+            now: Kill worker processes, whatever they do.
+        """
         for pool in self._pools:
+            if now and isinstance(pool, concurrent.futures.ProcessPoolExecutor):
+                for process in list((pool._processes or {}).values()):  # None once it is shut down
+                    process.kill()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _replace(self, worker: int) -> None:

@@ -39,7 +39,7 @@ from sklearn.metrics import (
 
 from gatl.chromosome import Value
 from gatl.classifier import Classifier, Diverged
-from gatl.cli import compose_resumed, one_line_errors
+from gatl.cli import compose_resumed, help_requested, one_line_errors, remember
 from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import (
@@ -55,7 +55,7 @@ from gatl.evaluation import (
     resolve_precision,
 )
 from gatl.outcome import Outcome
-from gatl.progress import format_genes, format_loss, new_console
+from gatl.progress import format_count, format_genes, format_loss, new_console
 from gatl.ranking import best_distinct, incumbent
 from gatl.record import JOURNAL, SECONDS, History, original_folder, outcome_of
 from gatl.session import Session, opened
@@ -66,6 +66,15 @@ PRINTED_CLASSES = 12
 
 THREADS = torch.get_num_threads()
 """Threads of the final training: what torch chose for this machine, before any fit set its own."""
+
+HELP = """\
+gatl.final makes the final model of a search that was interrupted: it evaluates
+the best chromosomes again, retrains the winner and tests it.
+
+  python -m gatl.final run=outputs/DATE/TIME [KEY=VALUE ...]
+
+The overrides may change budget, evaluator, logger and final, for example
+final.top_k, final.seeds, final.max_epochs, final.patience, evaluator.workers."""
 
 _PACKAGES = ("gatl", "torch", "torchvision", "lightning", "optuna", "hydra-core", "numpy")
 
@@ -169,6 +178,10 @@ def finish(session: Session) -> float:
         "seconds": round(seconds, 1),
         "seed": session.config.seed,
         "classes": list(session.data.classes),
+        "weights": {
+            "from": session.config.model.weights,
+            **(session.weights.to_json() if session.weights else {}),
+        },
         "precision": resolve_precision(session.config.trainer),
         "versions": _versions(),
         "hardware": _hardware(),
@@ -194,7 +207,7 @@ def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
         return None
     return (
         f"Nothing is left to do: the model of these {result['trials']} trials is made and tested "
-        f"(accuracy {accuracy:.1%}). {_whereabouts(folder)}"
+        f"(accuracy {accuracy:.1%}).\n{_whereabouts(folder)}"
     )
 
 
@@ -232,7 +245,8 @@ def reevaluate(session: Session, record: Iterable[FrozenTrial]) -> list[Candidat
         for index in range(config.final.seeds)
     ]
     session.console.print(
-        f"Evaluating the best {len(best)} again, with {config.final.seeds} fresh seeds each ..."
+        f"Evaluating the best {len(best)} again, with "
+        f"{format_count(config.final.seeds, 'fresh seed')} each ..."
     )
     losses = _evaluate_all(session, fits)
     k = config.final.seeds
@@ -327,10 +341,10 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
     torch.manual_seed(seed)
     classifier = build_classifier(config, session.data, genes)
     if not _is_over(curve, config.final.max_epochs, config.final.patience):
-        begun = f", {len(curve)} of which are done" if curve else ""
+        begun = f", {len(curve)} of them done" if curve else ""
         session.console.print(
-            f"Retraining the winner ({format_genes(genes)}) for up to {config.final.max_epochs} "
-            f"epochs{begun} ..."
+            f"Retraining the winner ({format_genes(genes)}) for up to "
+            f"{format_count(config.final.max_epochs, 'epoch')}{begun} ..."
         )
         callbacks: list[Callback] = [
             SeededEpochs(seed),
@@ -526,9 +540,11 @@ def _show(
 
 
 def _whereabouts(folder: Path) -> str:
+    """Say where everything lies, a path a line, to be copied."""
     return (
-        f"Model: {folder / 'best.ckpt'} · all figures: {folder / 'result.json'} · "
-        f"every trial: {folder / 'history.csv'}"
+        f"Model:        {folder / 'best.ckpt'}\n"
+        f"All figures:  {folder / 'result.json'}\n"
+        f"Every trial:  {folder / 'history.csv'}"
     )
 
 
@@ -568,12 +584,15 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object
 def main() -> None:
     """Make the final model of a run folder."""
     words = sys.argv[1:]
+    if help_requested(words, HELP):
+        return
     given = [word for word in words if word.startswith("run=")]
+    overrides = [word for word in words if word not in given]
     with one_line_errors():
         if len(given) != 1:
             raise UserError("Give one run folder: python -m gatl.final run=outputs/DATE/TIME")
         folder = Path(given[0].removeprefix("run=")).expanduser().absolute()
-        config = checked(compose_resumed(folder, [word for word in words if word not in given]))
+        config = checked(compose_resumed(folder, overrides))
         if not (folder / JOURNAL).is_file():
             raise UserError(f"{folder} holds no search yet: it has no {JOURNAL}.")
         console = new_console()
@@ -583,11 +602,12 @@ def main() -> None:
         os.chdir(original_folder(folder))
         try:
             with opened(config, folder, console) as session:
+                remember(folder, overrides)
                 record = session.study.get_trials(deepcopy=False)
                 History(folder, config.space.names).update(record, session.strategy.generation)
                 finish(session)
         except KeyboardInterrupt:
-            console.print(f"Stopped. Go on with  {final_command(folder)}", soft_wrap=True)
+            console.print(f"Stopped. Go on with\n  {final_command(folder)}", soft_wrap=True)
             raise
 
 

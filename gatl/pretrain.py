@@ -33,7 +33,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from hydra._internal.utils import get_args_parser
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -44,7 +43,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from gatl.classifier import WeightedMean
-from gatl.cli import compose, one_line_errors, split_jobs
+from gatl.cli import compose, one_line_errors, read_command_line, split_jobs
 from gatl.config import (
     DataConfig,
     ModelConfig,
@@ -60,7 +59,8 @@ from gatl.data.splits import complete_splits
 from gatl.errors import UserError
 from gatl.evaluation import resolve_precision, silence
 from gatl.models.layered import LayeredNetwork
-from gatl.models.weights import CARD_KEY, describe_se, load, read_safetensors
+from gatl.models.weight_files import CARD_KEY, read_safetensors
+from gatl.models.weights import describe_se, load
 from gatl.progress import format_duration
 from gatl.record import held
 from gatl.streams import Purpose, generator
@@ -118,12 +118,6 @@ class PretrainConfig:
             "model.weights",
             self.model.weights,
             "none, because pretraining starts from scratch",
-        )
-        _require(
-            not self.data.class_weights,
-            "data.class_weights",
-            True,
-            "false, because the recipe counts all images alike",
         )
         if self.data.image_size < self.model.min_image_size:
             raise UserError(
@@ -477,6 +471,7 @@ def run(config: PretrainConfig, console: Console, command: str) -> Path:
             data = prepare(
                 pretraining_splits(instantiate(config.data.source), config.data.split_seed),
                 image_size=config.data.image_size,
+                interpolation=config.model.interpolation,
                 split_seed=config.data.split_seed,
                 max_bad=config.data.max_bad,
                 folder=images,
@@ -683,6 +678,7 @@ def make_card(
         "bits": config.bits,
         "preprocessing": {
             "image_size": data.image_size,
+            "interpolation": config.model.interpolation,
             "mean": list(model.mean),
             "std": list(model.std),
         },
@@ -718,6 +714,7 @@ def describe(card: Mapping[str, Any]) -> str:
         f"(loss {test['loss']:.4f}), measured with the weights as written, the classifier that "
         "is not in the file in 32 bits",
         "Images": f"{shape['image_size']} x {shape['image_size']} pixels in [0, 1], "
+        f"{shape['interpolation']}, "
         f"mean {shape['mean']}, standard deviation {shape['std']}",
         "Numbers": f"{card['bits']} bits",
         "Epochs": f"{card['epochs']} ({card['hours']} hours, {card['threads']} threads, "
@@ -752,8 +749,8 @@ def job(composed: DictConfig) -> None:
 
 def main() -> None:
     """Check the command line as far as it can be, then hand it to Hydra."""
-    args = get_args_parser().parse_args()
     with one_line_errors():
+        args = read_command_line("python -m gatl.pretrain")
         if args.help or args.hydra_help or args.shell_completion or args.info:
             pass
         elif args.cfg:

@@ -67,6 +67,11 @@ def format_loss(loss: float) -> str:
     return f"{loss:.4f}" if loss < 1000 else f"{loss:.2e}"
 
 
+def format_count(n: int, noun: str) -> str:
+    """Write a number of things, such as ``1 epoch`` or ``2 epochs``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def format_duration(seconds: float) -> str:
     """Write a duration as a person would say it, such as ``3 min``."""
     if seconds < 9.5:
@@ -92,7 +97,7 @@ def decoding(console: Console) -> Iterator[Callable[[int, int], None]]:
         bar.update(task, completed=done, total=total)
         if bar.disable and time.monotonic() - printed > _QUIET:
             printed = time.monotonic()
-            console.print(f"{done} of {total} images are decoded ...")
+            console.print(f"Decoding images: {done} of {total} ...")
 
     with Progress(console=console, transient=True, disable=not _is_live(console)) as bar:
         task = bar.add_task("Decoding images", total=None)
@@ -161,7 +166,7 @@ class View:
             if trial.state.is_finished():
                 self._count(trial)
         if self._n_ended:
-            done = f"{self._n_ended} of {self._n_trials} trials are done"
+            done = f"{self._n_ended} of {self._n_trials} trials done"
             self._print(f"Going on: {done}{self._so_far}")
 
     def started(self, number: int, genes: Mapping[str, float]) -> None:
@@ -193,7 +198,7 @@ class View:
         self._recent.append(trial)
         self._best = incumbent([trial] if self._best is None else [self._best, trial])
         outcome = outcome_of(trial)
-        if outcome.val_loss is not None and outcome.reused_from is None:
+        if outcome.reused_from is None:
             self._n_timed += 1
             self._seconds += outcome.duration_s
         group = self._generation(trial.number)

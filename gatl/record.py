@@ -126,6 +126,15 @@ def outcome_of(trial: FrozenTrial) -> Outcome:
     return Outcome(**trial.user_attrs.get(OUTCOME, {}))
 
 
+def any_complete(folder: Path) -> bool:
+    """Whether a run has a COMPLETE trial, of which a final model could be made."""
+    history = folder / HISTORY
+    if not history.is_file():
+        return False
+    with history.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return any(row["state"] == TrialState.COMPLETE.name for row in csv.DictReader(file))
+
+
 class History:
     """``history.csv``: a row for each ended trial, in the order of their numbers.
 

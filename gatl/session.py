@@ -8,15 +8,13 @@ import multiprocessing
 import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
 
 import optuna
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from rich.console import Console
@@ -27,12 +25,13 @@ from gatl.data.images import PreparedData, describe, prepare
 from gatl.errors import UserError
 from gatl.evaluation import (
     Evaluator,
-    build_classifier,
     reason,
     resolve_precision,
     silence,
 )
-from gatl.models.weights import load_weights, read_weights
+from gatl.models.layered import LayeredNetwork
+from gatl.models.weight_files import read_weights
+from gatl.models.weights import LoadReport, differences, load
 from gatl.progress import decoding
 from gatl.record import held, open_study
 from gatl.strategies.base import Strategy
@@ -49,6 +48,7 @@ class Session:
         strategy: Says what each trial is.
         study: The record.
         evaluator: Runs the fits.
+        weights: What was loaded into the deepest network; None if all starts random.
         console: Where the user reads.
         stop: Set when the user asks to stop.
         cut: Set to make the evaluator's running fits end.
@@ -60,6 +60,7 @@ class Session:
     strategy: Strategy
     study: optuna.Study
     evaluator: Evaluator
+    weights: LoadReport | None
     console: Console
     stop: threading.Event
     cut: Event
@@ -83,10 +84,15 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     """
     silence()
     resolve_precision(config.trainer)
-    read_weights(config.model.weights)
+    weights = read_weights(config.model.weights, config.model.sources)
     strategy = _build_strategy(config)
     evaluator_class = _evaluator_class(config)
-    _check_network(config)
+    network = _largest_network(config)
+    report = None
+    if weights is not None:
+        report = load(network, weights)
+        notes = differences(weights.card, config.preprocessing)
+        report = replace(report, notes=(*report.notes, *notes))
     images = folder / ".images"
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
@@ -97,6 +103,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 data = prepare(
                     source,
                     image_size=config.data.image_size,
+                    interpolation=config.model.interpolation,
                     split_seed=config.data.split_seed,
                     max_bad=config.data.max_bad,
                     folder=images,
@@ -105,23 +112,22 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             console.print(f"Data: {config.data.name} · {describe(data)}")
             for line in data.skipped[:5]:
                 console.print(f"  left out: {line}", soft_wrap=True)
-            if config.model.weights != "none":  # find out now whether they fit
-                largest = config.space.repair([gene.high for gene in config.space.genes])
-                network = build_classifier(config, data, config.space.to_dict(largest)).network
-                console.print(f"Weights: {load_weights(network, config.model.weights)}")
-            else:
-                console.print("Weights: none, the network starts from random ones")
+            console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
             study = open_study(folder, strategy)
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = evaluator_class(config, data, cut)
             with _on_signals(_asking(stop, console)):
+                now = False
                 try:
                     yield Session(
-                        config, folder, data, strategy, study, evaluator, console, stop, cut
+                        config, folder, data, strategy, study, evaluator, report, console, stop, cut
                     )
+                except KeyboardInterrupt:
+                    now = True
+                    raise
                 finally:
                     cut.set()
-                    evaluator.close()
+                    evaluator.close(now=now)
         finally:
             shutil.rmtree(images, ignore_errors=True)
 
@@ -151,13 +157,11 @@ def _evaluator_class(config: Config) -> Callable[..., Evaluator]:
     return functools.partial(found, **settings)
 
 
-def _check_network(config: Config) -> None:
-    """Build the largest network there can be, without its numbers: that takes no time."""
+def _largest_network(config: Config) -> LayeredNetwork:
+    """Build the deepest network there can be, to know at once whether it can and weights fit."""
     largest = config.space.to_dict(config.space.repair([g.high for g in config.space.genes]))
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # meta tensors cannot be initialised
-            Classifier(config.model.network, largest, ("a", "b"), {})
+        return Classifier(config.model.network, largest, ("a", "b"), {}).network
     except UserError:
         raise
     except Exception as error:

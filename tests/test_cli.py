@@ -7,11 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from gatl.cli import compose, compose_resumed, one_line_errors, parse, split_jobs
+import gatl as gatl_package
+from gatl import __version__
+from gatl.cli import (
+    compose,
+    compose_resumed,
+    help_requested,
+    narrow_output,
+    new_folder,
+    one_line_errors,
+    parse,
+    quoted,
+    read_command_line,
+    remember,
+    split_jobs,
+)
 from gatl.config import checked
 from gatl.errors import UserError
 
@@ -42,7 +57,7 @@ MESSAGES = {
     ("seed=1", "ga.pop"): f"'ga.pop' {NO_OVERRIDE}; a value",
     ("=",): f"'=' {NO_OVERRIDE}.",
     ("ga.pop=(",): f"'ga.pop=(' {NO_OVERRIDE}; a value",
-    ("data.root=/home/jürgen",): f"'data.root=/home/jürgen' {NO_OVERRIDE}; a value with blanks",
+    ("data.root=a(b)",): f"'data.root=a(b)' {NO_OVERRIDE}; a value with brackets, commas",
 }
 
 
@@ -56,6 +71,107 @@ def test_what_cannot_be_composed_is_one_line(overrides):
 
 def test_quotes_carry_any_letter():
     assert compose(['data.root="/home/jürgen/my photos"']).data.root == "/home/jürgen/my photos"
+
+
+@pytest.mark.parametrize(
+    "value", ["~/photos", "~", "/home/jürgen", "a&b", "a;b", "50 € + 3", "写真", "C:/x#1!"]
+)
+def test_letters_that_hydra_has_no_word_for_need_no_quotes(value):
+    for key in ("data.root", "+data.root", "model.weights"):
+        (override,) = parse([quoted(f"{key}={value}")])
+        assert override.value() == value
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("data.root=photos/a-b_c.d", "data.root=my photos", "data.root='~/photos'"),
+        *('data.root="/home/jürgen"', "data.root=~/a,~/b", "data.root=ü(1)", "data.root=${x}/ü"),
+        *("data.root=ü=1", "~budget.time", "ga.pop", "=", "ga.pop=4", "data.root=it's"),
+    ],
+)
+def test_what_hydra_can_read_or_what_may_mean_something_else_is_left(word):
+    assert quoted(word) == word
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "for_hydra"),
+    [
+        (["ga.pop=4", "-m", "seed=1,2"], ["ga.pop=4", "seed=1,2"], ["-m"]),
+        (["seed=1", "--cfg", "job", "ga.pop=4"], ["seed=1", "ga.pop=4"], ["--cfg", "job"]),
+        (["--info", "all", "seed=1"], ["seed=1"], ["--info", "all"]),
+        (["data.root=~/a"], ['data.root="~/a"'], []),
+        (["resume=~/a"], ["resume=~/a"], []),
+        (["-h", "seed=1"], ["seed=1"], ["-h"]),
+        ([], [], []),
+    ],
+)
+def test_options_may_stand_anywhere(monkeypatch, words, overrides, for_hydra):
+    monkeypatch.setattr(sys, "argv", ["gatl", *words])
+    assert read_command_line().overrides == overrides
+    assert sys.argv == ["gatl", *overrides, *for_hydra]
+    read = get_args_parser().parse_args()  # as Hydra does it
+    assert read.overrides == overrides
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pop", "4"], "--pop is no option: write KEY=VALUE, as in ga.pop=4"),
+        (["ga.pop=4", "--ga.pop=4"], "--ga.pop=4 is no option: write KEY=VALUE"),
+        (["-x"], "-x is no option: write KEY=VALUE"),
+        (["--multi"], "--multi is no option: write KEY=VALUE"),
+        (["--cfg", "foo"], "argument --cfg/-c: invalid choice: 'foo'"),
+        (["--cfg"], "argument --cfg/-c: expected one argument"),
+    ],
+)
+def test_a_wrong_option_is_one_line(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["gatl", *words])
+    with pytest.raises(UserError) as raised:
+        read_command_line()
+    assert str(raised.value).startswith(message)
+    assert str(raised.value).endswith("; see python -m gatl --help.")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_lines_are_broken_between_words(capsys):
+    with narrow_output(20):
+        print("data: digits, cifar-100, flowers\n\n  ga.pop  seed")
+    assert capsys.readouterr().out == "data: digits,\n  cifar-100, flowers\n\n  ga.pop  seed\n"
+
+
+def test_a_word_asks_for_help_or_the_version(capsys):
+    for words in (["--help"], ["run=x", "-h"]):
+        assert help_requested(words, "python -m gatl.x")
+        assert capsys.readouterr().out == "python -m gatl.x\n"
+    assert help_requested(["--version"], "python -m gatl.x")
+    assert capsys.readouterr().out == f"gatl {__version__}\n"
+    assert not help_requested(["run=-h", "help"], "python -m gatl.x")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "--cfg", "job"], "Give one of --run, --multirun, --cfg, --info"),
+        (["--info", "--run"], "Give one of --run, --multirun, --cfg, --info"),
+        (["--resolve", "seed=1"], "--resolve goes with --cfg."),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["gatl", *words])
+    with pytest.raises(UserError) as raised:
+        read_command_line()
+    assert str(raised.value).startswith(message)
+
+
+def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path):
+    made = [new_folder(tmp_path / "date" / "time") for _ in range(3)]
+    assert [folder.name for folder in made] == ["time", "time_2", "time_3"]
+    assert all(folder.is_dir() and not list(folder.iterdir()) for folder in made)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be made: .*; give another with hydra\.run\.dir="):
+        new_folder(tmp_path / "file" / "time")
 
 
 def test_parse_keeps_the_order():
@@ -120,6 +236,28 @@ def test_budget_evaluator_logger_and_final_may_change_on_resume(run_folder):
     assert (after.final.top_k, after.final.seeds) == (1, 1)
     for group in ("seed", "data", "model", "space", "search", "initial", "ga", "trainer"):
         assert getattr(after, group) == getattr(before, group)
+
+
+def test_what_a_run_is_told_when_it_goes_on_is_remembered(run_folder):
+    (run_folder / ".hydra" / "overrides.yaml").write_text("- seed=7\n- budget.trials=9\n")
+    first = ["budget.trials=5", "logger=tensorboard", "final={top_k: 1}"]
+    remember(run_folder, first)
+    remember(run_folder, ["budget.trials=6"])
+    now = checked(compose_resumed(run_folder, []))
+    assert (now.n_trials, now.final.top_k, now.final.seeds) == (6, 1, 1)
+    assert now.logger["_target_"].endswith("TensorBoardLogger")
+    assert "pop: ${ga.pop}\n" in (run_folder / ".hydra" / "config.yaml").read_text()
+    overrides = OmegaConf.to_object(OmegaConf.load(run_folder / ".hydra" / "overrides.yaml"))
+    assert overrides == ["seed=7", *first[1:], "budget.trials=6"]
+    names = {"config.yaml", "overrides.yaml"}
+    assert {path.name for path in (run_folder / ".hydra").iterdir()} == names
+
+
+def test_a_run_that_is_told_nothing_stays_as_it_is(run_folder):
+    path = run_folder / ".hydra" / "config.yaml"
+    before = path.stat().st_mtime_ns
+    remember(run_folder, [])
+    assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -220,9 +358,15 @@ def gatl(
         ["data=folder"],
         ["-m", "ga.pop=4,1"],
         ["-m", "ga.pop=4,", "seed=interval(0,1)"],
+        ["data=folder", "data.root=nowhere"],
+        ["data=folder", "data.root=~/no such folder"],
+        ["-m", "data=folder", "data.root=nowhere", "seed=1,2"],
+        ["--pop", "4"],
         ["resume=nowhere"],
         ["-m", "resume=nowhere"],
         ["--cfg", "job", "ga.pops=4"],
+        ["--help", "ga.pops=4"],
+        ["--info", "config", "ga.pops=4"],
     ],
     ids=" ".join,
 )
@@ -247,10 +391,51 @@ def test_traceback_on_request(tmp_path):
 def test_help_names_choices_overrides_and_examples(tmp_path):
     text = gatl(tmp_path, "--help").stdout
     assert f"\ndata: {DATA}\n" in text
+    assert "\nmodel: " in text
     assert "_base" not in text
     for word in ("ga.pop", "budget.time", "space.GENE.low", "experiment=quickstart", "resume="):
         assert word in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version_is_gatls_own(tmp_path):
+    assert gatl(tmp_path, "--version").stdout == f"gatl {__version__}\n"
+
+
+def test_a_folder_that_is_missing_is_shown_as_it_was_looked_for(tmp_path):
+    for root, path in {"~/no": tmp_path / "no", "no": tmp_path / "here" / "no"}.items():
+        (tmp_path / "here").mkdir(exist_ok=True)
+        words = ["data=folder", f"data.root={root}"]
+        done = gatl(tmp_path / "here", *words, env={"HOME": str(tmp_path)})
+        assert done.stderr.startswith(f"gatl: data.root={path} does not exist; ")
+
+
+@pytest.mark.parametrize("module", ["gatl", "gatl.final", "gatl.pretrain"])
+def test_a_python_without_the_packages_is_one_line(module):
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", module],
+        cwd=Path(gatl_package.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "gatl needs the package hydra: enter its environment (source .venv/bin/activate), or "
+        "install it (pip install -e .).\n"
+    )
+
+
+def test_gatl_is_imported_by_others_without_its_packages():
+    script = "import gatl; print(gatl.__version__)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=Path(gatl_package.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == f"{__version__}\n"
 
 
 def test_help_names_keys_that_exist(tmp_path):

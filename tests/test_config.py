@@ -87,14 +87,14 @@ RANGES = {
     "ga.pop=[4]": WHOLE,
     "ga.pop={a: 1}": WHOLE,
     "ga.generations=0": "at least 1",
-    "ga.tournament_size=0": "in [1, 12]",
-    "ga.tournament_size=99": "in [1, 12]",
+    "ga.tournament_size=0": "in [1, 12], at most ga.pop=12",
+    "ga.tournament_size=99": "in [1, 12], at most ga.pop=12",
     "ga.crossover_prob=1.1": "in [0, 1]",
     "ga.crossover_prob=often": NUMBER,
     "ga.mutation_prob=-0.1": "in [0, 1]",
     "ga.mutation_prob=nan": "in [0, 1]",
-    "ga.n_elites=12": "in [0, 11]",
-    "ga.n_elites=-1": "in [0, 11]",
+    "ga.n_elites=12": "in [0, 11], below ga.pop=12",
+    "ga.n_elites=-1": "in [0, 11], below ga.pop=12",
     "ga.duplicate_retries=1001": "in [0, 1000]",
     "trainer.max_epochs=0": "at least 1",
     "trainer.accelerator=tpu": "one of auto, cpu, gpu, mps",
@@ -178,7 +178,10 @@ MESSAGES = {
     ("model=se_densenet121_k12", "data.image_size=31"): (
         "data.image_size must be at least 32 for model=se_densenet121_k12, but got 31."
     ),
-    ("ga.pop=4", "ga.n_elites=4"): "ga.n_elites must be in [0, 3], but got 4.",
+    ("ga.pop=4", "ga.n_elites=4"): ("ga.n_elites must be in [0, 3], below ga.pop=4, but got 4."),
+    ("ga.pop=4", "ga.tournament_size=5"): (
+        "ga.tournament_size must be in [1, 4], at most ga.pop=4, but got 5."
+    ),
     ("space.dropout.low=0.9", "space.dropout.high=0.1"): (
         "space.dropout: low <= high must hold, but got (low=0.9, high=0.1)."
     ),
@@ -246,6 +249,14 @@ def test_trials_are_pop_plus_offspring_without_elites():
     assert config(*overrides, "budget.trials=7").n_trials == 7
 
 
+def test_elites_follow_the_population_unless_their_number_is_given():
+    for pop, elites in {2: 1, 3: 2, 4: 2, 100: 2}.items():
+        cfg = config(f"ga.pop={pop}")
+        assert cfg.ga.n_elites == cfg.search["n_elites"] == elites
+        assert cfg.n_trials == pop + 5 * (pop - elites)
+    assert config("ga.pop=3", "ga.n_elites=0").search["n_elites"] == 0
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
@@ -300,6 +311,29 @@ def test_initial_chromosomes_may_leave_genes_out_or_be_none():
     assert config("search.initial=[{dropout: 0.2}]").initial == ({"dropout": 0.2},)
     assert config("search.initial=[]").initial == ()
     assert config("search.initial=null").initial == ()
+
+
+@pytest.mark.parametrize(
+    ("genes", "allowed"),
+    [
+        ("included_layers: 99", "included_layers must be a whole number in [1, 58]"),
+        ("included_layers: 0", "included_layers must be a whole number in [1, 58]"),
+        ("included_layers: 2.5", "included_layers must be a whole number in [1, 58]"),
+        ("frozen_layers: 59", "frozen_layers must be a whole number in [0, 58]"),
+        ("learning_rate: 5", "learning_rate must be a number in (0, 1]"),
+        ("learning_rate: 0", "learning_rate must be a number in (0, 1]"),
+        ("dropout: 2", "dropout must be a number in [0, 1)"),
+    ],
+)
+def test_an_initial_gene_that_no_network_can_have_is_refused(genes, allowed):
+    message = error(f"search.initial=[{{dropout: 0.5}}, {{{genes}}}]")
+    assert message.startswith(f"search.initial {allowed}, but got ")
+
+
+def test_an_initial_gene_outside_a_narrowed_range_is_left_to_the_strategy():
+    cfg = config("space.dropout.high=0.3", "space.included_layers.value=3")
+    assert cfg.initial[0]["dropout"] == 0.5
+    assert config("search.initial=[{included_layers: 58.0}]").initial
 
 
 def test_experiments_and_presets():

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from gatl import __main__
+from gatl.cli import compose, compose_resumed
+from gatl.config import checked
 
 N_TRIALS = 10
 OVERRIDES = (
@@ -195,7 +197,7 @@ def interrupted(killed, tmp_path_factory):
     before = n_rows(killed)
     process = start(
         f"resume={os.path.relpath(killed, killed.parent.parent)}/",
-        "evaluator.workers=2",
+        "evaluator.workers=3",
         cwd=killed.parent.parent,
     )
     until(lambda: n_rows(killed) > before, process)
@@ -218,16 +220,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted, killed):
     out, err, _ = interrupted
     assert err == ""
     assert "Going on: " in out
-    last = out.splitlines()[-1]
-    assert last.startswith("Stopped. Go on with  python -m gatl 'resume=")
+    *_, stopped, command, or_else, other = out.splitlines()
+    assert (stopped, or_else) == (
+        "Stopped. Go on with",
+        "or make the model of what was found with",
+    )
+    assert command == f"  {shlex.join(['python', '-m', 'gatl', f'resume={killed}'])}"
+    assert other == f"  {shlex.join(['python', '-m', 'gatl.final', f'run={killed}'])}"
     assert not (killed / ".images").exists()
+
+
+def test_what_a_run_is_told_when_it_goes_on_holds_the_next_time_too(interrupted, killed):
+    assert checked(compose_resumed(killed, [])).evaluator.workers == "3"
+    assert "evaluator.workers=3" in (killed / ".hydra" / "overrides.yaml").read_text()
 
 
 @pytest.fixture(scope="module")
 def resumed(interrupted, killed):
     """The run after the command that Ctrl-C printed."""
-    line = interrupted[0].splitlines()[-1].split("  ")[1]
-    words = shlex.split(line)
+    words = shlex.split(interrupted[0].splitlines()[-3])
     assert words[:3] == ["python", "-m", "gatl"]
     complete(start(*words[3:], cwd=killed.parent))
     return killed
@@ -277,18 +288,20 @@ def test_a_spent_time_budget_still_ends_with_a_tested_model(tmp_path, photos, mo
 
 
 def test_a_job_of_a_sweep_that_fails_does_not_end_the_others(tmp_path, photos, monkeypatch, capfd):
+    few(photos, tmp_path / "few", 3, 2)
     code, _, err = in_this_process(
         monkeypatch,
         capfd,
         "-m",
         *OVERRIDES,
-        f'data.root="{tmp_path}/missing","{photos}"',
+        f'data.root="{tmp_path}/few","{photos}"',
         "budget.trials=1",
         "evaluator.workers=1",
         f"hydra.sweep.dir={tmp_path}/jobs",
     )
     assert code == 1
-    assert f"data.root={tmp_path}/missing does not exist" in err
+    assert f"gatl: {' '.join(OVERRIDES[:2])} " in err
+    assert "at least" in err
     assert "Traceback" not in err
     assert not (tmp_path / "jobs" / "0").exists()
     assert (tmp_path / "jobs" / "1" / "result.json").exists()
@@ -347,6 +360,26 @@ def test_a_typing_error_is_one_line(tmp_path, monkeypatch, capfd, words, said):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.precision=16-mixed", "trainer.precision=16-mixed needs a GPU"),
+        ("model.weights=nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_a_run_that_cannot_begin_is_one_line_and_leaves_no_folder(
+    tmp_path, photos, monkeypatch, capfd, override, said
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = in_this_process(
+        monkeypatch, capfd, *OVERRIDES, f'data.root="{photos}"', override
+    )
+    assert (code, out) == (1, "")
+    assert said in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.glob("outputs/*/*")) == []
+
+
 def test_a_resumed_run_cannot_change_its_seed(once, monkeypatch, capfd):
     code, out, err = in_this_process(monkeypatch, capfd, f"resume={once}", "seed=3")
     assert (code, out) == (1, "")
@@ -366,3 +399,23 @@ def test_output_into_a_pipe_that_closes_is_no_traceback(tmp_path, photos):
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
     assert not (tmp_path / "run" / ".images").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "large"),
+    [(["data.image_size=128"], True), (["data.image_size=64"], False), ([], True)],
+)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, large, gpu):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
+    for accelerator in ("auto", "cpu"):
+        words = ["trainer.max_epochs=1", f"trainer.accelerator={accelerator}", *overrides]
+        lines = __main__._ahead(checked(compose(words)), 3019, 2)
+        advised = large and not (gpu and accelerator == "auto")
+        assert max(map(len, lines)) <= 80
+        assert ("model=se_densenet121_k12" in " ".join(lines[2:])) == advised
+        assert ("experiment=quickstart" in " ".join(lines[2:])) == advised
+        assert lines[:2] == [
+            "Ahead: 62 trials of 1 epoch over 3019 images, 2 at once;",
+            "then 9 re-evaluations and a final training of up to 30 epochs.",
+        ]

@@ -41,6 +41,7 @@ from gatl.session import opened
 from gatl.streams import Purpose
 
 OVERRIDES = (
+    "model.weights=none",
     "model.n_layers=4",
     "model.n_freezable=2",
     "model.network.growth_rate=4",
@@ -492,3 +493,13 @@ def test_worker_processes(fitter, processes, stop, tmp_path):
     kill(processes, idle)
     assert idle != other
     assert drain(processes, 2) == {3: Outcome(stopped=True), 5: Outcome(stopped=True)}
+
+
+def test_to_close_now_waits_for_no_fit(data, stop, tmp_path):
+    evaluator = LocalEvaluator(configure("evaluator.workers=2"), data, stop)
+    evaluator.submit(0, fit(tmp_path / "0", epochs=FOREVER))
+    while not (tmp_path / "0").exists():
+        assert evaluator.wait(0.1) == []
+    evaluator.close(now=True)
+    assert not stop.is_set()
+    assert [pool._processes for pool in evaluator._pools] == [None, None]

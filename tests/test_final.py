@@ -37,6 +37,7 @@ CLASSES = ("[red]", "b=ü, c", "plain")
 OVERRIDES = (
     "data=digits",
     "model=se_densenet121_k12",
+    "model.weights=none",
     "data.image_size=32",
     "data.batch_size=16",
     "trainer.accelerator=cpu",
@@ -71,7 +72,7 @@ class FakeEvaluator:
         ended, self._waiting = self._waiting, []
         return ended
 
-    def close(self):
+    def close(self, *, now=False):
         pass
 
 
@@ -110,6 +111,7 @@ def session_in(
         strategy,
         study,
         FakeEvaluator(evaluate),
+        None,
         Console(file=io.StringIO(), width=250, markup=False, highlight=False),
         threading.Event(),
         threading.Event(),
@@ -526,7 +528,7 @@ def test_a_final_training_goes_on_as_if_it_had_not_been_cut_off(
         monkeypatch.setattr("lightning.Trainer.fit", refuse)
     session.stop.clear()
     finish(session)
-    assert ("2 of which are done" in printed(session)) == (when == "in an epoch")
+    assert ("2 of them done" in printed(session)) == (when == "in an epoch")
     for name in ("learning_curve.csv", "predictions.csv"):
         assert (tmp_path / "final" / name).read_bytes() == (
             made.folder / "final" / name

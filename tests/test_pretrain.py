@@ -25,7 +25,8 @@ from gatl.data.decode import to_rgb
 from gatl.data.source import Source
 from gatl.data.splits import complete_splits
 from gatl.errors import UserError
-from gatl.models.weights import load, read_safetensors
+from gatl.models.weight_files import read_safetensors
+from gatl.models.weights import load
 from gatl.pretrain import (
     PretrainConfig,
     Pretraining,
@@ -260,7 +261,7 @@ def test_a_terminal_gets_a_progress_bar(capsys, tmp_path):
         (["seed=-1"], r"seed must be in \[0, 4294967296\)"),
         (["output=''"], "output must be a folder"),
         (["model.weights=imagenet"], "model.weights must be none, because"),
-        (["data.class_weights=true"], "data.class_weights must be false"),
+        (["data.class_weights=true"], "data.class_weights is no setting"),
         (["data.image_size=16"], "data.image_size must be at least 32"),
         (["data=folder"], "data.root is required"),
         (["data=nothing"], "data=nothing is no choice"),

@@ -11,7 +11,15 @@ from rich.console import Console
 
 from gatl import progress
 from gatl.outcome import Outcome
-from gatl.progress import View, decoding, format_duration, format_loss, format_value, new_console
+from gatl.progress import (
+    View,
+    decoding,
+    format_count,
+    format_duration,
+    format_loss,
+    format_value,
+    new_console,
+)
 
 GENES = {
     "included_layers": 58,
@@ -135,10 +143,10 @@ def test_the_console_of_a_command_prints_names_as_they_are(capsysbinary, monkeyp
 def test_going_on_says_what_is_done():
     view, out = plain()
     view.resumed([trial(0, 0.5), trial(1, 0.25)])
-    assert out.getvalue() == ("Going on: 2 of 8 trials are done · best so far 0.2500 (trial 1)\n")
+    assert out.getvalue() == ("Going on: 2 of 8 trials done · best so far 0.2500 (trial 1)\n")
     view, out = plain()
     view.resumed([trial(0, None, error="OSError")])
-    assert out.getvalue() == "Going on: 1 of 8 trials are done\n"
+    assert out.getvalue() == "Going on: 1 of 8 trials done\n"
     view, out = plain()
     view.resumed([])
     assert out.getvalue() == ""
@@ -230,7 +238,7 @@ def test_decoding_is_shown_now_and_then_without_a_terminal(monkeypatch):
     lines = console.file.getvalue().splitlines()
     assert lines
     assert len(lines) < 5
-    assert all(re.fullmatch(r"\d+ of 1280 images are decoded \.\.\.", line) for line in lines)
+    assert all(re.fullmatch(r"Decoding images: \d+ of 1280 \.\.\.", line) for line in lines)
 
 
 def test_decoding_few_images_says_nothing_without_a_terminal():
@@ -238,6 +246,10 @@ def test_decoding_few_images_says_nothing_without_a_terminal():
     with decoding(console) as report:
         report(10, 10)
     assert console.file.getvalue() == ""
+
+
+def test_one_is_singular():
+    assert [format_count(n, "epoch") for n in (0, 1, 2)] == ["0 epochs", "1 epoch", "2 epochs"]
 
 
 def test_numbers_are_short():

@@ -99,7 +99,7 @@ class FakeEvaluator:
         key = self._rng.choice(list(self.running))
         return [(key, self.evaluate(self.running.pop(key)))]
 
-    def close(self):
+    def close(self, *, now=False):
         self.closed = True
 
 

@@ -74,15 +74,15 @@ def test_whatever_ends_a_session_nothing_is_left_running(tmp_path, monkeypatch, 
     closed = []
     close = LocalEvaluator.close
 
-    def spied(self):
-        closed.append(self)
-        close(self)
+    def spied(self, *, now):
+        closed.append((self, now))
+        close(self, now=now)
 
     monkeypatch.setattr(LocalEvaluator, "close", spied)
     with pytest.raises(error if isinstance(error, type) else type(error)):  # noqa: SIM117
         with open_run(tmp_path) as session:
             raise error
-    assert closed == [session.evaluator]
+    assert closed == [(session.evaluator, error is KeyboardInterrupt)]
     assert session.cut.is_set()
     assert not (tmp_path / ".images").exists()
     with held(tmp_path):
@@ -150,19 +150,15 @@ def test_weights_that_do_not_fit_are_found_before_the_search(tmp_path):
     assert not (run / "study.journal").exists()
 
 
-def test_weights_are_tried_in_a_network_that_the_space_has(tmp_path, monkeypatch):
-    tried = []
-
-    def load(network, weights):
-        tried.append((len(network.layers), network.n_frozen))
-        return "12 tensors loaded"
-
-    monkeypatch.setattr("gatl.session.read_weights", lambda weights: None)
-    monkeypatch.setattr("gatl.evaluation.load_weights", lambda network, weights: None)
-    monkeypatch.setattr("gatl.session.load_weights", load)
-    with open_run(tmp_path, "model.weights=x.pt", "space.included_layers.high=4") as session:
-        assert "Weights: 12 tensors loaded" in session.console.file.getvalue()
-    assert tried == [(4, 4)]
+def test_weights_are_tried_in_the_deepest_network_that_the_space_has(tmp_path):
+    with open_run(tmp_path, "space.included_layers.high=4") as session:
+        assert session.weights is not None
+        assert session.weights.to_json()["new"] == ["neck", "classifier", "SE of 1 layer"]
+        assert f"Weights: bundled, {session.weights}\n" in session.console.file.getvalue()
+        assert "pretrained with image_size 64, used with 32" in str(session.weights)
+    with open_run(tmp_path, "model.weights=none") as session:
+        assert session.weights is None
+        assert "Weights: none, all starts random\n" in session.console.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A user's own images: a folder a class, with or without folders for the splits."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 # Formats for pictures; Pillow also registers documents, icons, fonts and films.
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+
+_EXPECTED = "give a folder with one folder a class"
 
 
 def load(root: str) -> Source:
@@ -35,13 +38,33 @@ def load(root: str) -> Source:
     Raises:
         UserError: If the folder is not laid out like this, or a class is empty.
     """
-    path = Path(root).expanduser()
-    if not path.exists():
-        raise UserError(f"data.root={root} does not exist; give a folder with one folder a class.")
-    if not path.is_dir():
-        raise UserError(f"data.root={root} is no folder; give a folder with one folder a class.")
-    found = _split_folders(path) or {"train": path}
-    classes = {name: tuple(_folders(folder)) for name, folder in found.items()}
+    found, path = find_splits(root), _absolute(root)
+    classes = tuple(_folders(found["train"]))
+    return Source(classes, **{name: _split(path, folder) for name, folder in found.items()})
+
+
+def find_splits(root: str) -> dict[str, Path]:
+    """Find the folders of the splits and compare their classes; look at no image.
+
+    Args:
+        root: The folder; a leading ``~`` is expanded.
+
+    Returns:
+        The folder of ``train``, and those of ``val`` and ``test`` where they are.
+
+    Raises:
+        UserError: If the folder is not laid out as `load` says.
+    """
+    path = _absolute(root)
+    try:
+        if not path.exists():
+            raise UserError(f"data.root={path} does not exist; {_EXPECTED}.")
+        if not path.is_dir():
+            raise UserError(f"data.root={path} is no folder; {_EXPECTED}.")
+        found = _split_folders(path) or {"train": path}
+        classes = {name: _folders(folder) for name, folder in found.items()}
+    except OSError as error:
+        raise UserError(f"data.root={path} cannot be read: {error.strerror}.") from error
     expected = classes["train"]
     if len(expected) < 2:
         got = f"only {expected[0]!r}" if expected else "none"
@@ -55,7 +78,14 @@ def load(root: str) -> Source:
                 f"{path}: the classes of {name} and train must be the same, "
                 f"but {lacks} has no folder {different[0]!r}."
             )
-    return Source(expected, **{name: _split(path, folder) for name, folder in found.items()})
+    return found
+
+
+def _absolute(root: str) -> Path:
+    path = Path(root)
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
+    return path.absolute()
 
 
 def _folders(path: Path) -> list[str]:

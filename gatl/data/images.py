@@ -73,6 +73,7 @@ class Streamed:
 
     images: Sequence[ImageLike] | Decoded
     size: int
+    interpolation: str = "bicubic"
 
     def __len__(self) -> int:
         """The number of images."""
@@ -92,9 +93,10 @@ class Streamed:
         """
         images = self.images.array if isinstance(self.images, Decoded) else self.images
         # A pool a batch costs little beside the decoding, and none has to survive a fork.
+        decode = partial(to_rgb, size=self.size, interpolation=self.interpolation)
         with ThreadPoolExecutor(_n_threads()) as pool:
             chosen = [images[i] for i in indices.tolist()]
-            return _channels_last(np.stack(list(pool.map(partial(to_rgb, size=self.size), chosen))))
+            return _channels_last(np.stack(list(pool.map(decode, chosen))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,6 +150,7 @@ def decode_split(
     image_size: int,
     path: Path,
     *,
+    interpolation: str = "bicubic",
     stream: bool = False,
     progress: Progress | None = None,
 ) -> tuple[PreparedSplit, dict[int, UndecodableImage]]:
@@ -157,20 +160,24 @@ def decode_split(
         split: N images.
         image_size: S, in pixels.
         path: The ``.npy`` file to write, which appears only when it is complete.
+        interpolation: See `to_rgb`.
         stream: Keep no pixels; only find out which images can be decoded.
         progress: Called now and then, and at the end.
 
     Returns:
         The decodable images, and why the others are not, by their index.
     """
+    decode = partial(to_rgb, size=image_size, interpolation=interpolation)
     if stream:
-        bad = _decode_each(split.images, image_size, None, progress)
+        bad = _decode_each(split.images, decode, None, progress)
         split = split.subset(_kept(split, bad)) if bad else split
-        images: Decoded | Streamed = Streamed(_spilled(split.images, path), image_size)
+        images: Decoded | Streamed = Streamed(
+            _spilled(split.images, path), image_size, interpolation
+        )
     else:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             array = _new_file(Path(folder, "all.npy"), len(split), image_size)
-            bad = _decode_each(split.images, image_size, array, progress)
+            bad = _decode_each(split.images, decode, array, progress)
             if bad:
                 kept = _kept(split, bad)
                 split = split.subset(kept)
@@ -191,6 +198,7 @@ def prepare(
     split_seed: int,
     max_bad: float,
     folder: Path,
+    interpolation: str = "bicubic",
     progress: Progress | None = None,
 ) -> PreparedData:
     """Complete the splits of a source and decode its images.
@@ -205,6 +213,7 @@ def prepare(
             all images, above which the run stops.
         folder: An existing folder, where ``train.npy``, ``val.npy`` and
             ``test.npy`` are written. It must outlive the result.
+        interpolation: See `to_rgb`.
         progress: Told how many images are decoded.
 
     Returns:
@@ -227,6 +236,7 @@ def prepare(
             split,
             image_size,
             folder / f"{name}.npy",
+            interpolation=interpolation,
             stream=stream,
             progress=partial(_report, progress, done, total) if progress else None,
         )
@@ -259,7 +269,7 @@ def describe(prepared: PreparedData) -> str:
         f"{len(prepared.classes)} classes",
         *(f"{name} {len(getattr(prepared, name))}" for name in ("train", "val", "test")),
         f"{prepared.image_size} px",
-        f"largest class {imbalance:.1f} times the smallest",
+        "balanced" if imbalance < 1.05 else f"largest class {imbalance:.1f} times the smallest",
     ]
     if imbalance > 3:
         parts[-1] += " (data.class_weights=true makes them count alike)"
@@ -289,15 +299,15 @@ def _report(progress: Progress, before: int, total: int, done: int, _: int) -> N
 
 def _decode_each(
     images: Sequence[ImageLike],
-    size: int,
+    decode: Callable[[ImageLike], npt.NDArray[np.uint8]],
     into: npt.NDArray[np.uint8] | None,
     progress: Progress | None,
 ) -> dict[int, UndecodableImage]:
     """Decode images in threads; return those that cannot be, by index."""
 
-    def decode(i: int) -> UndecodableImage | None:
+    def decode_into(i: int) -> UndecodableImage | None:
         try:
-            pixels = to_rgb(images[i], size)
+            pixels = decode(images[i])
         except UndecodableImage as error:
             return error
         if into is not None:
@@ -309,7 +319,7 @@ def _decode_each(
         # In chunks, so that Ctrl-C waits for one chunk only.
         for start in range(0, len(images), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(images)))
-            errors = pool.map(decode, chunk)
+            errors = pool.map(decode_into, chunk)
             bad |= {i: error for i, error in zip(chunk, errors, strict=True) if error}
             if progress:
                 progress(chunk.stop, len(images))

@@ -26,8 +26,6 @@ class LayeredNetwork(nn.Module):
         dropout: Probability of dropping a pooled feature, in [0, 1).
         fixed_neck: Whether the neck's normalisation came with pretrained
             weights, so that a linear probe leaves it as it is.
-        whole: Whether all layers of the backbone are included. Only then is the neck
-            the backbone's own, which pretrained weights hold.
         names: How the backbone's tensors, but for the classifier's, are called by the
             library that its weights come from, and here. All those of the whole
             backbone are listed, so that another network's weights are told.
@@ -43,7 +41,6 @@ class LayeredNetwork(nn.Module):
         dropout: float,
         *,
         fixed_neck: bool,
-        whole: bool = True,
         names: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -53,7 +50,6 @@ class LayeredNetwork(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(n_features, n_classes)
         self.fixed_neck = fixed_neck
-        self.whole = whole
         self.names = dict(names or {})
         self.n_frozen = 0
 

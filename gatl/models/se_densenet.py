@@ -20,12 +20,6 @@ from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
 
 
-class SEDenseNet(LayeredNetwork):
-    """A cut SE-DenseNet that knows the blocks of the whole one, which weights must match."""
-
-    block_config: tuple[int, ...]
-
-
 class DenseLayer(nn.Sequential):
     """A dense layer (section 3 of the paper), H_l: BN, ReLU, 1x1 conv, BN, ReLU, 3x3 conv.
 
@@ -76,7 +70,7 @@ def se_densenet(
     se_placement: Literal["block", "layer", "none"],
     se_init: Literal["identity", "kaiming"],
     dropout_at: Literal["head", "layers"],
-) -> SEDenseNet:
+) -> LayeredNetwork:
     """Build the first layers of an SE-DenseNet with a new head; nothing behind them exists.
 
     Layer k of the network is dense layer k, with the SE that follows it and,
@@ -148,7 +142,7 @@ def se_densenet(
             flatten=nn.Flatten(),  # (B, C, 1, 1) -> (B, C)
         )
     )
-    network = SEDenseNet(
+    network = LayeredNetwork(
         stem,
         layers,
         neck,
@@ -156,10 +150,31 @@ def se_densenet(
         n_classes,
         dropout if dropout_at == "head" else 0.0,
         fixed_neck=False,
+        names=_torchvision_names(block_config),
     )
-    network.block_config = tuple(block_config)
     _initialise(network, se_init)
     return network
+
+
+def _torchvision_names(block_config: Sequence[int]) -> dict[str, str]:
+    """Return how torchvision names the tensors of the whole DenseNet's backbone, and we."""
+    modules = {"conv0": "stem.conv", "norm0": "stem.norm", "norm5": "neck.norm"}
+    k = 0
+    for block, n_layers in enumerate(block_config, start=1):
+        for layer in range(1, n_layers + 1):
+            for module in ("norm1", "conv1", "norm2", "conv2"):
+                theirs = f"denseblock{block}.denselayer{layer}.{module}"
+                modules[theirs] = f"layers.{k}.dense.{module}"
+            k += 1
+        if block < len(block_config):
+            for module in ("norm", "conv"):
+                modules[f"transition{block}.{module}"] = f"layers.{k - 1}.transition.{module}"
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return {
+        f"features.{theirs}.{tensor}": f"{ours}.{tensor}"
+        for theirs, ours in modules.items()
+        for tensor in (norm if "norm" in ours.rpartition(".")[2] else ("weight",))
+    }
 
 
 def _squeeze_excitation(n_features: int, init: str) -> SqueezeExcitation:

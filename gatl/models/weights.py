@@ -1,40 +1,28 @@
-"""Pretrained weights: where they come from, and their names in gatl's terms.
+"""Pretrained weights in a layered network: what fits, what stays new, what is not used.
 
-Two kinds of files are understood: torchvision's DenseNets, and what
-``python -m gatl.pretrain`` writes, with its card in the header.
+Weights come under the names of the library that the backbone is from (torchvision's or
+timm's, see `LayeredNetwork.names`), or under gatl's own, as ``python -m gatl.pretrain``
+and gatl's checkpoints have them. `gatl.models.weight_files` reads them.
 """
 
-import functools
-import itertools
-import json
-import pickle
 import re
-import sys
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors
-import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torchvision.models import DenseNet121_Weights
 from torchvision.ops import SqueezeExcitation
 
 from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
-from gatl.models.se_densenet import DoubleSigmoid, SEDenseNet
+from gatl.models.se_densenet import DoubleSigmoid
 
-CARD_KEY = "gatl.card"
-"""Where the header of a weights file holds its card, as JSON."""
+_HEADS = ("classifier", "fc", "head")
+"""How libraries call the classifier, which every data set needs anew."""
 
 # The files that torchvision downloads still say `norm.1` where its modules say `norm1`.
-_DENSE = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)\.?([12])\.(\w+)")
-_TRANSITION = re.compile(r"features\.transition(\d+)\.(\w+\.\w+)")
-_SINGLE = {"features.conv0": "stem.conv", "features.norm0": "stem.norm"}
-_OWN = re.compile(r"(?:stem|neck|layers\.(\d+)\.(dense|se|transition))\..+")
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,9 @@ class Weights:
 
     Attributes:
         tensors: By name.
-        card: What their file says of them; empty if it says nothing.
+        card: What their file says of them: among others `se`, with `placement` and
+            `gate` as `describe_se` says them, and `preprocessing`. Empty if it says
+            nothing.
     """
 
     tensors: Mapping[str, Tensor]
@@ -52,12 +42,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading a state dict did.
+    """What loading weights did.
 
     Attributes:
-        loaded: The number of tensors that were taken from the state dict.
-        left_random: The network's tensors that it did not hold: they are new.
-        unused: Its tensors that the network has no place for.
+        loaded: The number of tensors that were taken.
+        left_random: The network's tensors that the weights did not hold: they are new.
+        unused: Tensors that the network has no place for.
         notes: What the user should know of it, a phrase each.
     """
 
@@ -68,111 +58,88 @@ class LoadReport:
 
     def __str__(self) -> str:
         """Say it in one line."""
-        se = {name.split(".se.")[0] for name in self.left_random if ".se." in name}
-        new = dict.fromkeys(name.split(".")[0] for name in self.left_random if ".se." not in name)
-        parts = [*new, *([f"SE of {len(se)} layer{'s' * (len(se) > 1)}"] if se else [])]
         return "; ".join(
             (
                 f"{self.loaded} tensors loaded",
-                f"new: {', '.join(parts) or 'nothing'}",
+                f"new: {', '.join(self._new) or 'nothing'}",
                 f"{len(self.unused)} not used",
                 *self.notes,
             )
         )
 
+    @property
+    def _new(self) -> list[str]:
+        """The parts of the network that are new, in few words."""
+        se = {name.split(".se.")[0] for name in self.left_random if ".se." in name}
+        parts = dict.fromkeys(name.split(".")[0] for name in self.left_random if ".se." not in name)
+        return [*parts, *([f"SE of {len(se)} layer{'s' * (len(se) > 1)}"] if se else [])]
 
-def load_torchvision_densenet(
-    network: LayeredNetwork, state_dict: Mapping[str, Tensor]
-) -> LoadReport:
-    """Load a state dict of torchvision's DenseNet into a network cut anywhere.
-
-    SE and classifier stay new. The last BN (`norm5`) is loaded if and only if
-    all layers are included, and then counts as pretrained (`fixed_neck`).
-
-    Args:
-        network: A network made by `se_densenet`.
-        state_dict: Tensors by torchvision's names, today's or those of its
-            old files (`norm.1` for `norm1`).
-
-    Returns:
-        What was loaded, what stayed new, what was not used.
-
-    Raises:
-        UserError: If the state dict is another network's; the network is then
-            unchanged.
-    """
-    if not isinstance(network, SEDenseNet):
-        raise UserError(
-            "torchvision's DenseNet weights fit model=se_densenet121 and its like, "
-            "not the chosen model."
-        )
-    layers: Counter[int] = Counter()
-    for block, _ in {(int(m[1]), m[2]) for m in map(_DENSE.fullmatch, state_dict) if m}:
-        layers[block] += 1
-    if not layers:
-        raise UserError(
-            "The weights are no torchvision DenseNet's: their first name is "
-            f"{next(iter(state_dict), None)!r}, not 'features.conv0.weight'."
-        )
-    _check_blocks(network, [layers[block] for block in sorted(layers)])
-    return _fill(network, state_dict, {key: _own_name(key, network) for key in state_dict})
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``result.json`` keeps of it."""
+        return {
+            "loaded": self.loaded,
+            "new": self._new,
+            "unused": len(self.unused),
+            "notes": list(self.notes),
+        }
 
 
-def load_own(
-    network: LayeredNetwork,
-    tensors: Mapping[str, Tensor],
-    placement: str | None,
-    gate: str | None,
-) -> LoadReport:
-    """Load what ``python -m gatl.pretrain`` wrote into a network cut anywhere.
+def load(network: LayeredNetwork, weights: Weights) -> LoadReport:
+    """Load weights into a network that may be cut anywhere, all or none.
 
-    The classifier stays new, and so does the SE of a block that the network cuts. The
-    last BN is loaded if and only if all layers are included, and then counts as
-    pretrained (`fixed_neck`). SE is loaded only where it means the same.
+    The classifier stays new. The neck is taken if and only if the weights end with the
+    network's last layer, and then counts as pretrained (`fixed_neck`). SE-DenseNet's SE
+    stays new where a block is cut that was not cut there, where the weights have none,
+    and everywhere if theirs means something else.
 
     Args:
-        network: A network made by `se_densenet`.
-        tensors: By gatl's names, of the whole network without its classifier.
-        placement: Where the weights have SE, as `describe_se` says; None: unknown.
-        gate: Which gate their SE has, likewise.
-
-    Returns:
-        What was loaded, what stayed new, what was not used.
+        network: Where to; nothing in it is changed if an error is raised.
+        weights: Of the same backbone, as deep as the network at least.
 
     Raises:
-        UserError: If the weights are another network's; the network is then unchanged.
+        UserError: If the weights are another network's, or end before this one.
     """
-    if not isinstance(network, SEDenseNet):
+    own = network.state_dict()
+    names, unknown = _translate(network, weights)
+    if not any(names.values()):
+        expected = next(iter(network.names or own))
         raise UserError(
-            "Weights by gatl.pretrain fit the model that they were trained for, se_densenet121 "
-            "or its like, not the chosen model."
+            "The weights fit nothing in the model: their first name is "
+            f"{next(iter(weights.tensors), None)!r}, not {expected!r}."
         )
-    matches = {key: _OWN.fullmatch(key) for key in tensors}
-    dense = {int(m[1]) for m in matches.values() if m and m[2] == "dense"}
-    if not dense:
+    if unknown:
         raise UserError(
-            "The weights are none that gatl.pretrain wrote: their first name is "
-            f"{next(iter(tensors), None)!r}, not 'stem.conv.weight'."
+            f"The weights are another network's: the model has no place for {unknown[0]}."
         )
-    transitions = {int(m[1]) + 1 for m in matches.values() if m and m[2] == "transition"}
-    ends = [0, *sorted(transitions), max(dense) + 1]
-    _check_blocks(network, [end - start for start, end in itertools.pairwise(ends)])
-    own_placement, own_gate = describe_se(network)
-    same_se = (placement, gate) == (own_placement, own_gate)
-    whole = len(network.layers) == sum(network.block_config)
-    names = {
-        key: None
-        if (".se." in key and not same_se) or (key.startswith("neck.") and not whole)
-        else key
-        for key in tensors
+    depth = 1 + max((int(m[1]) for name in names.values() if (m := _LAYER.match(name))), default=-1)
+    if depth < len(network.layers):
+        raise UserError(
+            f"The weights end with layer {depth}, but the search reaches up to layer "
+            f"{len(network.layers)}: give space.included_layers.high={depth}."
+        )
+    whole = depth == len(network.layers)
+    note = _se_mismatch(network, weights)
+    taken = {
+        key: name
+        for key, name in names.items()
+        if name in own
+        and (whole or not name.startswith("neck."))
+        and not (note and _is_se(name, network))
     }
-    report = _fill(network, tensors, names)
-    if same_se or own_placement == "none" == placement:
-        return report
-    theirs = f"se.placement={placement}, gate {gate}" if placement else "unknown"
-    own = f"se.placement={own_placement}, gate {own_gate}"
-    note = f"SE not loaded: the weights' is {theirs}, the model's {own}"
-    return replace(report, notes=(note,))
+    _check_shapes({name: weights.tensors[key] for key, name in taken.items()}, own)
+    found = set(taken.values())
+    # BN's counter is no weight; torchvision's old files lack it
+    left = [n for n in own if n not in found and not n.endswith("num_batches_tracked")]
+    for name in left:
+        new = name.startswith("classifier.") or _is_se(name, network)
+        if not new and (whole or not name.startswith("neck.")):
+            raise UserError(f"The weights do not fit the model: they hold nothing for {name}.")
+    network.load_state_dict(
+        {name: weights.tensors[key] for key, name in taken.items()}, strict=False
+    )
+    network.fixed_neck = whole
+    unused = tuple(key for key in weights.tensors if key not in taken)
+    return LoadReport(len(taken), tuple(left), unused, (note,) if note else ())
 
 
 def describe_se(network: nn.Module) -> tuple[str, str | None]:
@@ -190,145 +157,66 @@ def describe_se(network: nn.Module) -> tuple[str, str | None]:
     return "none", None
 
 
-def load_weights(network: LayeredNetwork, spec: str) -> LoadReport | None:
-    """Load what ``model.weights`` names into a network, see `read_weights`.
+def differences(card: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> list[str]:
+    """Say where the images of a run are not prepared as those that the weights saw.
+
+    Args:
+        card: See `Weights`; one without `preprocessing` says nothing.
+        preprocessing: The run's `image_size`, `mean`, `std` and `interpolation`.
+    """
+    seen = card.get("preprocessing", {})
+    return [
+        f"pretrained with {name} {seen[name]}, used with {value}"
+        for name, value in preprocessing.items()
+        if name in seen and seen[name] != value
+    ]
+
+
+def _translate(network: LayeredNetwork, weights: Weights) -> tuple[dict[str, str], list[str]]:
+    """Translate the names of weights to the network's.
 
     Returns:
-        What was loaded; None for ``none``.
-
-    Raises:
-        UserError: If the weights cannot be had or read, or are another network's.
+        From each name that the whole backbone has to gatl's, and those it does not have;
+        the classifier is neither.
     """
-    weights = read_weights(spec)
-    return None if weights is None else load(network, weights)
+    whole = {*network.names.values(), *network.state_dict()}
+    whole = {name for name in whole if not name.startswith("classifier.")}
+    modern = {key: _OLD_DENSENET.sub(r"\1\2", key) for key in weights.tensors}
+    library = {key: network.names[new] for key, new in modern.items() if new in network.names}
+    own = {key: key for key in weights.tensors if key in whole}
+    if len(library) > len(own):
+        rest = [key for key in weights.tensors if key not in library]
+        return library, [key for key in rest if key.split(".")[0] not in _HEADS]
+    # A cut network lacks the SE of the whole one's blocks, which these weights may have.
+    rest = [key for key in weights.tensors if key not in own and ".se." not in key]
+    return own, [key for key in rest if not key.startswith("classifier.")]
 
 
-def load(network: LayeredNetwork, weights: Weights) -> LoadReport:
-    """Load weights of any kind that is understood into a network.
+def _is_se(name: str, network: LayeredNetwork) -> bool:
+    """Whether a tensor is SE that gatl put into the backbone: no library has it."""
+    return ".se." in name and name not in network.names.values()
 
-    Raises:
-        UserError: If they are another network's; the network is then unchanged.
-    """
-    if not weights.card and not any(map(_OWN.fullmatch, weights.tensors)):
-        return load_torchvision_densenet(network, weights.tensors)
+
+def _se_mismatch(network: LayeredNetwork, weights: Weights) -> str | None:
+    """Say why the weights' SE would mean something else in the network; None if it would not."""
+    own = describe_se(network)
     se = weights.card.get("se", {})
-    return load_own(network, weights.tensors, se.get("placement"), se.get("gate"))
-
-
-@functools.lru_cache(maxsize=1)  # every fit of a process starts from the same weights
-def read_weights(spec: str) -> Weights | None:
-    """Read pretrained weights.
-
-    Args:
-        spec: ``none``; ``imagenet``, torchvision's for DenseNet-121, downloaded on
-            first use and checked by their hash; or the path of a ``.safetensors``
-            file or of a state dict that torch saved. Nothing in a file is run.
-
-    Returns:
-        The weights, or None for ``none``.
-
-    Raises:
-        UserError: If the weights cannot be had or read.
-    """
-    if spec == "none":
+    theirs = se.get("placement"), se.get("gate")
+    held = any(_is_se(key, network) for key in weights.tensors)
+    if theirs == own or not held:
         return None
-    if spec == "imagenet":
-        weights = DenseNet121_Weights.IMAGENET1K_V1
-        try:
-            downloaded = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-        except (OSError, RuntimeError) as error:
+    kind = f"se.placement={theirs[0]}, gate {theirs[1]}" if theirs[0] else "unknown"
+    return f"SE not loaded: the weights' is {kind}, the model's {_say_se(own)}"
+
+
+def _say_se(se: Sequence[str | None]) -> str:
+    return f"se.placement={se[0]}, gate {se[1]}"
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
             raise UserError(
-                f"model.weights=imagenet cannot be downloaded ({error}): "
-                "give model.weights=PATH, or model.weights=none for random ones."
-            ) from error
-        return Weights(downloaded)
-    path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UserError(f"model.weights must be none, imagenet or a file, but got {spec!r}.")
-    try:
-        if path.suffix == ".safetensors":
-            return read_safetensors(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(
-            f"model.weights={spec} is no file of plain weights: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(content, Mapping) or not all(
-        isinstance(tensor, Tensor) for tensor in content.values()
-    ):
-        raise UserError(f"model.weights={spec} holds no state dict of tensors.")
-    return Weights(content)
-
-
-def read_safetensors(path: Path) -> Weights:
-    """Read a ``.safetensors`` file and its card.
-
-    Raises:
-        OSError, SafetensorError: If it is damaged.
-    """
-    with safetensors.safe_open(path, framework="pt") as file:
-        card = (file.metadata() or {}).get(CARD_KEY, "{}")
-        try:
-            card = json.loads(card)
-            if not isinstance(card, dict) or not isinstance(card.get("se", {}), dict):
-                raise ValueError("no object")
-        except ValueError as error:
-            raise SafetensorError(f"its card cannot be read: {error}") from error
-        return Weights({name: file.get_tensor(name) for name in file.keys()}, card)  # noqa: SIM118
-
-
-def _check_blocks(network: SEDenseNet, blocks: list[int]) -> None:
-    """Tell another DenseNet's weights even where the included layers would fit."""
-    if blocks != list(network.block_config):
-        raise UserError(
-            f"The weights are of a DenseNet with blocks of {blocks} layers, but the "
-            f"model has {list(network.block_config)}."
-        )
-
-
-def _fill(
-    network: SEDenseNet, state_dict: Mapping[str, Tensor], names: Mapping[str, str | None]
-) -> LoadReport:
-    """Copy tensors into a network, all or none.
-
-    Args:
-        network: Where to.
-        state_dict: Tensors by their file's names.
-        names: From these to the network's; None where it has no such tensor.
-
-    Raises:
-        UserError: If a shape differs, or if something is missing that is not new anyway.
-    """
-    own = network.state_dict()
-    taken = {key: name for key, name in names.items() if name in own and name is not None}
-    for key, name in taken.items():
-        if state_dict[key].shape != own[name].shape:
-            raise UserError(
-                f"The weights do not fit the model: {key} has the shape "
-                f"{tuple(state_dict[key].shape)}, but the model needs {tuple(own[name].shape)}."
+                f"The weights do not fit the model: {name} has the shape {tuple(tensor.shape)}, "
+                f"but the model needs {tuple(own[name].shape)}."
             )
-    tensors = {name: state_dict[key] for key, name in taken.items()}
-    # BN's counter is no weight; torchvision's old files lack it
-    left = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
-    whole = len(network.layers) == sum(network.block_config)
-    for name in left:
-        new = name.startswith("classifier.") or ".se." in name
-        if not new and (whole or not name.startswith("neck.")):
-            raise UserError(f"The weights do not fit the model: they hold nothing for {name}.")
-    network.load_state_dict(tensors, strict=False)
-    network.fixed_neck = whole
-    unused = tuple(key for key, name in names.items() if name not in own)
-    return LoadReport(len(tensors), tuple(left), unused)
-
-
-def _own_name(key: str, network: SEDenseNet) -> str | None:
-    """Translate torchvision's name of a tensor; None if the whole network has no such tensor."""
-    if match := _DENSE.fullmatch(key):
-        index = sum(network.block_config[: int(match[1]) - 1]) + int(match[2]) - 1
-        return f"layers.{index}.dense.{match[3]}{match[4]}.{match[5]}"
-    if match := _TRANSITION.fullmatch(key):
-        return f"layers.{sum(network.block_config[: int(match[1])]) - 1}.transition.{match[2]}"
-    module, _, tensor = key.rpartition(".")
-    if module == "features.norm5" and len(network.layers) == sum(network.block_config):
-        return f"neck.norm.{tensor}"
-    return f"{_SINGLE[module]}.{tensor}" if module in _SINGLE else None

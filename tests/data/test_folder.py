@@ -1,13 +1,13 @@
 """Layouts of a user's folder, and what is said about those that are wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gatl.data.folder import load
+from gatl.data.folder import find_splits, load
 from gatl.data.splits import complete_splits
 from gatl.errors import UserError
 
@@ -84,6 +84,31 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", str(tmp_path))
     put_classes(tmp_path, "photos")
     assert load("~/photos").classes == ("a", "b")
+
+
+def test_the_layout_is_found_without_a_look_at_any_image(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/", "train/b/", "test/a/", "test/b/")
+    assert find_splits(str(tmp_path)) == {"train": tmp_path / "train", "test": tmp_path / "test"}
+    with pytest.raises(UserError, match="holds no images"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("find", [find_splits, load])
+def test_a_missing_folder_is_shown_as_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, find: Callable[[str], object]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for root, path in {"~/gone": tmp_path / "home" / "gone", "gone": tmp_path / "gone"}.items():
+        with pytest.raises(UserError) as caught:
+            find(root)
+        assert str(caught.value).startswith(f"data.root={path} does not exist; give a folder")
+
+
+@pytest.mark.parametrize("root", ["~nobody_of_that_name/photos", "x" * 300])
+def test_a_folder_that_cannot_be_looked_for_is_one_line(root: str) -> None:
+    with pytest.raises(UserError, match=r"data\.root=.*x|data\.root=.*photos does not exist"):
+        find_splits(root)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
 def test_an_interrupted_decoding_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(image: object, size: int) -> None:
+    def interrupt(image: object, size: int, interpolation: str) -> None:
         raise KeyboardInterrupt
 
     source = photos(tmp_path / "in", {"a": 5, "b": 5})
@@ -175,9 +175,8 @@ def test_describe(tmp_path: Path) -> None:
         pixels = np.zeros((len(labels), 4, 4), np.uint8)
         return describe(run(Source(("a", "b"), in_memory(pixels, labels, "x")), tmp_path))
 
-    assert lines([20, 20]) == (
-        "2 classes · train 28 · val 6 · test 6 · 8 px · largest class 1.0 times the smallest"
-    )
+    assert lines([20, 20]) == "2 classes · train 28 · val 6 · test 6 · 8 px · balanced"
+    assert lines([60, 50]).endswith(" · largest class 1.2 times the smallest")
     assert lines([20, 100]).endswith(
         "largest class 5.0 times the smallest (data.class_weights=true makes them count alike)"
     )

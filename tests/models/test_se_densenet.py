@@ -15,8 +15,9 @@ from torchvision.models.densenet import DenseNet
 from torchvision.ops import SqueezeExcitation
 
 from gatl.errors import UserError
-from gatl.models.se_densenet import SEDenseNet, se_densenet
-from gatl.models.weights import load_torchvision_densenet
+from gatl.models.layered import LayeredNetwork
+from gatl.models.se_densenet import se_densenet
+from gatl.models.weights import Weights, load
 
 BLOCKS = (6, 12, 24, 16)
 WIDTHS = {"121": (32, 64), "k12": (12, 24)}
@@ -26,7 +27,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def build(
     variant: str = "k12", n_layers: int = 58, dropout: float = 0.0, **options: str
-) -> SEDenseNet:
+) -> LayeredNetwork:
     growth_rate, init_features = WIDTHS[variant]
     return se_densenet(
         n_layers,
@@ -45,15 +46,15 @@ def images(n: int = 2, size: int = 64) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
-def copied(reference: DenseNet, **options: str | int) -> SEDenseNet:
+def copied(reference: DenseNet, **options: str | int) -> LayeredNetwork:
     network = build(**options)
-    load_torchvision_densenet(network, reference.state_dict())
+    load(network, Weights(reference.state_dict()))
     if len(network.layers) == 58:
         network.classifier.load_state_dict(reference.classifier.state_dict())
     return network
 
 
-def features(network: SEDenseNet, x: Tensor) -> Tensor:
+def features(network: LayeredNetwork, x: Tensor) -> Tensor:
     for part in (network.stem, *network.layers):
         x = part(x)
     return x
@@ -398,6 +399,6 @@ def test_configured_variants(variant: str) -> None:
         dropout_at=cfg.dropout_at,
     )
     assert network.n_parameters == TRAINABLE[variant, "block"][0]
-    assert network.block_config == BLOCKS
+    assert tuple(cfg.network.block_config) == BLOCKS
     assert sum(BLOCKS[:2]) == cfg.n_freezable
     assert network.eval()(images(2, cfg.min_image_size)).shape == (2, K)

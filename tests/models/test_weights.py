@@ -1,30 +1,19 @@
-"""Loading weights by torchvision's DenseNets and by gatl.pretrain."""
+"""Loading weights by torchvision's DenseNets, by gatl.pretrain and by gatl's checkpoints."""
 
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18
 from torchvision.models.densenet import DenseNet
 
 from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
-from gatl.models.se_densenet import SEDenseNet, se_densenet
-from gatl.models.weights import (
-    CARD_KEY,
-    Weights,
-    describe_se,
-    load,
-    load_torchvision_densenet,
-    load_weights,
-    read_safetensors,
-)
+from gatl.models.se_densenet import se_densenet
+from gatl.models.weights import Weights, describe_se, differences, load
 
 BLOCKS = (6, 12, 24, 16)
 
@@ -33,7 +22,7 @@ def build(
     n_layers: int,
     placement: Literal["block", "layer", "none"] = "block",
     init: Literal["identity", "kaiming"] = "identity",
-) -> SEDenseNet:
+) -> LayeredNetwork:
     return se_densenet(
         n_layers,
         5,
@@ -59,7 +48,7 @@ def state() -> dict[str, Tensor]:
 
 def test_whole_network_takes_all_but_the_classifier(state: dict[str, Tensor]) -> None:
     network = build(58)
-    report = load_torchvision_densenet(network, state)
+    report = load(network, Weights(state))
     assert report.unused == ("classifier.weight", "classifier.bias")
     assert report.loaded == len(state) - 2
     se = [
@@ -79,7 +68,7 @@ def test_whole_network_takes_all_but_the_classifier(state: dict[str, Tensor]) ->
 @pytest.mark.parametrize("n_layers", [1, 6, 7, 57])
 def test_cut_network_keeps_its_new_neck(state: dict[str, Tensor], n_layers: int) -> None:
     network = build(n_layers, "none")
-    report = load_torchvision_densenet(network, state)
+    report = load(network, Weights(state))
     assert not network.fixed_neck
     neck = [f"neck.norm.{n}" for n in ("weight", "bias", "running_mean", "running_var")]
     assert report.left_random == (*neck, "classifier.weight", "classifier.bias")
@@ -91,7 +80,7 @@ def test_cut_network_keeps_its_new_neck(state: dict[str, Tensor], n_layers: int)
 
 def test_a_pretrained_neck_keeps_its_statistics(state: dict[str, Tensor]) -> None:
     network = build(58)
-    load_torchvision_densenet(network, state)
+    load(network, Weights(state))
     network.freeze(58)
     network.fit_neck_statistics([torch.randn(2, 3, 32, 32)])
     running = network.state_dict()["neck.norm.running_mean"]
@@ -106,8 +95,8 @@ def test_names_of_torchvisions_old_files(state: dict[str, Tensor]) -> None:
     }
     assert "features.denseblock1.denselayer1.norm.1.weight" in old
     new_names, old_names = build(58), build(58)
-    expected = load_torchvision_densenet(new_names, state)
-    report = load_torchvision_densenet(old_names, old)
+    expected = load(new_names, Weights(state))
+    report = load(old_names, Weights(old))
     assert report.left_random == expected.left_random
     assert report.loaded == len(old) - 2
     left = old_names.state_dict()
@@ -120,7 +109,7 @@ def test_names_of_torchvisions_old_files(state: dict[str, Tensor]) -> None:
     [
         (lambda _: resnet18(num_classes=2).state_dict(), "first name is 'conv1.weight'"),
         (lambda _: {}, "first name is None"),
-        (lambda _: torchvisions((6, 12, 32, 16)), r"blocks of \[6, 12, 32, 16\] layers"),
+        (lambda _: torchvisions((6, 12, 32, 16)), "no place for .*denseblock3.denselayer25"),
         (lambda _: torchvisions(growth_rate=16), "has the shape .*, but the model needs"),
         (lambda s: {k: v for k, v in s.items() if "conv0" not in k}, "nothing for stem.conv"),
     ],
@@ -136,21 +125,13 @@ def test_another_networks_weights(
     network = build(n_layers)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(UserError, match=message) as error:
-        load_torchvision_densenet(network, other(state))
+        load(network, Weights(other(state)))
     assert "\n" not in str(error.value)
     assert not network.fixed_neck
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
-def test_another_backbone() -> None:
-    network = LayeredNetwork(
-        nn.Identity(), [nn.Identity()], nn.Flatten(), 3, 2, 0.0, fixed_neck=True
-    )
-    with pytest.raises(UserError, match="not the chosen model"):
-        load_torchvision_densenet(network, torchvisions())
-
-
-def own(network: SEDenseNet) -> Weights:
+def own(network: LayeredNetwork) -> Weights:
     """What gatl.pretrain writes of a network, in 16 bits."""
     placement, gate = describe_se(network)
     tensors = {
@@ -162,7 +143,7 @@ def own(network: SEDenseNet) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def pretrained() -> SEDenseNet:
+def pretrained() -> LayeredNetwork:
     """A whole network in which no tensor is as it was initialised."""
     torch.manual_seed(1)
     network = build(58)
@@ -173,7 +154,7 @@ def pretrained() -> SEDenseNet:
     return network
 
 
-def test_own_weights_of_the_whole_network(pretrained: SEDenseNet) -> None:
+def test_own_weights_of_the_whole_network(pretrained: LayeredNetwork) -> None:
     network, weights = build(58), own(pretrained)
     report = load(network, weights)
     assert report.left_random == ("classifier.weight", "classifier.bias")
@@ -189,7 +170,7 @@ def test_own_weights_of_the_whole_network(pretrained: SEDenseNet) -> None:
     ("n_layers", "cut_se"), [(1, [0]), (6, []), (7, [6]), (18, []), (57, [56])]
 )
 def test_own_weights_of_a_cut_network(
-    pretrained: SEDenseNet, n_layers: int, cut_se: list[int]
+    pretrained: LayeredNetwork, n_layers: int, cut_se: list[int]
 ) -> None:
     torch.manual_seed(2)
     network, weights = build(n_layers), own(pretrained)
@@ -219,7 +200,7 @@ def test_own_weights_of_a_cut_network(
     ],
 )
 def test_se_is_loaded_only_where_it_means_the_same(
-    pretrained: SEDenseNet,
+    pretrained: LayeredNetwork,
     placement: Literal["block", "layer", "none"],
     init: Literal["identity", "kaiming"],
     theirs: str | None,
@@ -241,7 +222,7 @@ def test_se_is_loaded_only_where_it_means_the_same(
     assert "\n" not in str(report)
 
 
-def test_se_of_an_unknown_kind_is_left_out(pretrained: SEDenseNet) -> None:
+def test_se_of_an_unknown_kind_is_left_out(pretrained: LayeredNetwork) -> None:
     report = load(build(58), Weights(own(pretrained).tensors))
     assert "the weights' is unknown" in report.notes[0]
     assert load(build(58, "none"), own(build(58, "none"))).notes == ()
@@ -250,16 +231,15 @@ def test_se_of_an_unknown_kind_is_left_out(pretrained: SEDenseNet) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda t: {n: v for n, v in t.items() if ".transition." not in n}, r"blocks of \[58\]"),
-        (lambda t: {n: v for n, v in t.items() if "layers.57." not in n}, r"24, 15\] layers"),
+        (lambda t: t | {"layers.58.dense.conv1.weight": t["stem.conv.weight"]}, "no place for la"),
         (lambda t: {n: v for n, v in t.items() if n != "stem.conv.weight"}, "nothing for stem"),
         (lambda t: t | {"stem.conv.weight": torch.zeros(2, 3, 7, 7)}, r"has the shape \(2, 3"),
         (lambda t: {"conv1.weight": t["stem.conv.weight"]}, "first name is 'conv1.weight'"),
     ],
-    ids=["blocks", "short", "incomplete", "width", "resnet"],
+    ids=["deeper", "incomplete", "width", "resnet"],
 )
 def test_another_networks_own_weights(
-    pretrained: SEDenseNet,
+    pretrained: LayeredNetwork,
     other: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     message: str,
 ) -> None:
@@ -271,39 +251,48 @@ def test_another_networks_own_weights(
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
-def test_own_weights_in_another_backbone(pretrained: SEDenseNet) -> None:
+def test_another_backbone(pretrained: LayeredNetwork) -> None:
     network = LayeredNetwork(
         nn.Identity(), [nn.Identity()], nn.Flatten(), 3, 2, 0.0, fixed_neck=True
     )
-    with pytest.raises(UserError, match="not the chosen model"):
-        load(network, own(pretrained))
+    for weights in (own(pretrained), Weights(torchvisions())):
+        with pytest.raises(UserError, match="fit nothing in the model"):
+            load(network, weights)
 
 
-def test_weights_from_a_file(pretrained: SEDenseNet, tmp_path: Path) -> None:
-    weights = own(pretrained)
-    path = tmp_path / "own.safetensors"
-    save_file(dict(weights.tensors), path, metadata={CARD_KEY: json.dumps(weights.card)})
-    assert read_safetensors(path).card == weights.card
-    report = load_weights(build(20), str(path))
-    assert report is not None
-    assert report.notes == ()
-    plain = tmp_path / "plain.safetensors"
-    save_file(torchvisions(), plain)
-    report = load_weights(build(20), str(plain))
-    assert report is not None
-    assert "features.norm5.weight" in report.unused
-    assert load_weights(build(20), "none") is None
+def test_a_cut_networks_weights_fit_one_as_deep_or_less(pretrained: LayeredNetwork) -> None:
+    """As a checkpoint of gatl's final model holds them, its classifier and SE included."""
+    cut = build(8)
+    load(cut, own(pretrained))
+    weights = Weights(cut.state_dict(), own(cut).card)
+    again, less = build(8), build(7)
+    report = load(again, weights)
+    assert report.left_random == ("classifier.weight", "classifier.bias")
+    assert again.fixed_neck
+    assert torch.equal(again.layers[7].se.fc1.weight, cut.layers[7].se.fc1.weight)
+    report = load(less, weights)
+    assert {name.split(".")[0] for name in report.left_random} == {"layers", "neck", "classifier"}
+    assert not less.fixed_neck
+    with pytest.raises(UserError, match=r"end with layer 8.*reaches up to layer 9.*high=8"):
+        load(build(9), weights)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "card", "list", "missing"])
-def test_a_damaged_file(pretrained: SEDenseNet, tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "own.safetensors"
-    card = {"card": "{", "list": "[]"}.get(damage, "{}")
-    save_file(dict(own(pretrained).tensors), path, metadata={CARD_KEY: card})
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif damage == "missing":
-        path.unlink()
-    with pytest.raises(UserError, match=r"own\.safetensors") as error:
-        load_weights(build(20), str(path))
-    assert "\n" not in str(error.value)
+def test_a_report_says_the_same_as_a_line_and_as_data(pretrained: LayeredNetwork) -> None:
+    report = load(build(7), own(pretrained))
+    new = ["neck", "classifier", "SE of 1 layer"]
+    assert report.to_json() == {
+        "loaded": report.loaded,
+        "new": new,
+        "unused": len(report.unused),
+        "notes": [],
+    }
+    assert f"new: {', '.join(new)};" in str(report)
+
+
+def test_differences_of_preprocessing_are_told() -> None:
+    seen = {"image_size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    used = {**seen, "image_size": 32, "interpolation": "bicubic"}
+    assert differences({"preprocessing": seen}, used) == [
+        "pretrained with image_size 64, used with 32"
+    ]
+    assert differences({"preprocessing": seen}, seen) == differences({}, used) == []

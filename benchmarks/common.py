@@ -1,0 +1,87 @@
+"""What the benchmarks share: their options, figures over seeds, tables, and where they ran."""
+
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gatl.errors import UserError
+from gatl.final import _hardware, _versions
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def options(words: Iterable[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Split a command line into the options, defaults filled in, and the other words."""
+    pairs = {word: word.partition("=") for word in words}
+    given = {key: value for key, equals, value in pairs.values() if equals and key in defaults}
+    return defaults | given, [word for word, pair in pairs.items() if pair[0] not in given]
+
+
+def whole(name: str, text: str) -> int:
+    """Return the number that an option gives.
+
+    Raises:
+        UserError: If it is not whole, or below 1.
+    """
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise UserError(f"{name} must be a whole number of at least 1, but got {text!r}.")
+    return int(text)
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Return the mean, the sample's standard deviation (None where there is none), and n."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
+def written(figure: dict[str, Any], spec: str = ".3f", factor: float = 1, unit: str = "") -> str:
+    """Write what `over_seeds` returns, as ``mean ± sd``."""
+    if figure["mean"] is None:
+        return "none"
+    sd = "" if figure["sd"] is None else f" ± {format(factor * figure['sd'], spec.lstrip('+'))}"
+    return f"{format(factor * figure['mean'], spec)}{sd}{unit}"
+
+
+def table(*rows: Sequence[str]) -> str:
+    """Return rows, the first of which is the header, as a table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+
+
+def commit() -> str | None:
+    """Return the commit of the source, with ``-dirty`` if it was changed; None outside of git."""
+    words = ("git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--exclude=*")
+    try:
+        done = subprocess.run(
+            (*words, "--dirty"), cwd=RESULTS.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def origin() -> dict[str, Any]:
+    """Return what made a result: command, commit, versions and hardware.
+
+    Of a folder elsewhere on the machine only the name is kept.
+    """
+    words = []
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        elsewhere = value.startswith(("/", "~", ".."))
+        words.append(f"{key}={Path(value).name}" if elsewhere else word)
+    return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
+        "commit": commit(),
+        "versions": _versions(),
+        "hardware": _hardware(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
