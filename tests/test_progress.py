@@ -93,7 +93,7 @@ def test_plain_output_is_a_line_a_trial_without_escape_codes():
 def test_the_time_left_follows_from_fits_that_were_run_and_from_the_budget():
     view, out = plain()
     view.resumed(
-        [trial(0), trial(1, reused_from=0, duration_s=0.0), trial(2, None, duration_s=0.0)]
+        [trial(0), trial(1, reused_from=0, duration_s=0.0), trial(2, None, duration_s=120.0)]
     )
     view.ended(trial(3, duration_s=180.0))
     assert out.getvalue().splitlines()[-2].endswith("· about 4 min left")  # 4 fits of 2 min, by 2
@@ -170,7 +170,7 @@ def test_the_live_table_shows_where_the_search_stands():
         "    4   1       58     18 1.2e-05    0.50   failed        60 s",
         "    5   1       58     18 1.2e-05    0.50   1.0000 25.0%  30 s",
         "    6   1       58     18 1.2e-05    0.50      ...       0.0 s",
-        "6 of 8 trials done · 1 running · about 50 s left",
+        "6 of 8 trials done · 1 running · about 54 s left",
         "generation 1: mean val_loss 1.0000 · best so far 0.5000 (trial 1)",
     ]
 
