@@ -61,6 +61,8 @@ def lenet5(included_layers: int, n_classes: int, dropout: float) -> LayeredNetwo
     if whole:
         neck.add_module("f6", nn.Linear(width, 84))
         neck.add_module("squash", ScaledTanh())
+    names = [f"layers.{name}" for name in nn.ModuleList(layers).state_dict()]
+    names += ["neck.f6.weight", "neck.f6.bias"]
     network = LayeredNetwork(
         nn.Identity(),
         layers[:included_layers],
@@ -69,6 +71,7 @@ def lenet5(included_layers: int, n_classes: int, dropout: float) -> LayeredNetwo
         n_classes,
         dropout,
         fixed_neck=False,
+        names={name: name for name in names},  # no library has it
     )
     _initialise(network)
     return network

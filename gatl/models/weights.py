@@ -202,7 +202,7 @@ def _se_mismatch(network: LayeredNetwork, weights: Weights) -> str | None:
     own = describe_se(network)
     se = weights.card.get("se", {})
     theirs = se.get("placement"), se.get("gate")
-    held = any(_is_se(key, network) for key in weights.tensors)
+    held = any(".se." in key and key not in network.names for key in weights.tensors)
     if theirs == own or not held:
         return None
     kind = f"se.placement={theirs[0]}, gate {theirs[1]}" if theirs[0] else "unknown"

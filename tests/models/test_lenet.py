@@ -14,6 +14,7 @@ from gatl.config import checked
 from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
 from gatl.models.lenet import ScaledTanh, lenet5
+from gatl.models.weights import Weights, load
 
 K = 10
 
@@ -144,7 +145,8 @@ def test_it_learns_digits_as_configured() -> None:
     x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1) / 16
     x = F.interpolate(x, model.image_size, mode=model.interpolation)
     x, y = (x - 0.5) / 0.5, torch.from_numpy(labels)
-    train(network, x[:300], y[:300], steps=30)
+    for start in range(0, 1200, 20):
+        train(network, x[start : start + 20], y[start : start + 20], steps=1)
     accuracy = (network.eval()(x[1200:]).argmax(1) == y[1200:]).float().mean()
     assert accuracy > 0.8
 
@@ -160,3 +162,13 @@ def test_densenet121_is_the_published_one() -> None:
     build = instantiate(model.network, _partial_=True, _convert_="all")
     network = build(included_layers=model.n_layers, n_classes=1000, dropout=0.0)
     assert network.n_parameters == 7_978_856
+
+
+def test_the_whole_networks_weights_fit_a_cut_one() -> None:
+    whole, cut = lenet5(5, 10, 0.0), lenet5(3, 2, 0.0)
+    report = load(cut, Weights(whole.state_dict()))
+    assert report.left_random == ("classifier.weight", "classifier.bias")
+    assert torch.equal(cut.layers[2].conv.weight, whole.layers[2].conv.weight)
+    report = load(again := lenet5(5, 2, 0.0), Weights(whole.state_dict()))
+    assert again.fixed_neck
+    assert len(report.unused) == 2
