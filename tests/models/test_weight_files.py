@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import json
+import multiprocessing
+import os
 import pickle
 import re
 import resource
@@ -15,22 +17,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
 from hydra.utils import instantiate
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.models import densenet121, resnet18
 
 from gatl.classifier import Classifier
 from gatl.cli import compose
 from gatl.config import checked
+from gatl.data.images import prepare
+from gatl.data.source import Source, in_memory
 from gatl.errors import UserError
+from gatl.evaluation import Fit, Fitter, silence
 from gatl.models import weight_files
 from gatl.models.layered import LayeredNetwork
 from gatl.models.se_densenet import se_densenet
 from gatl.models.weight_files import CARD_KEY, read_safetensors, read_weights
 from gatl.models.weights import Weights, describe_se, load
+from gatl.outcome import Outcome
 
 IMAGENET = {"imagenet": {"_target_": "gatl.models.weight_files.torchvision_densenet121"}}
 NETWORK = {
@@ -242,6 +250,19 @@ def served(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     server.server_close()
 
 
+def fit_with(tmp_path: Path, *overrides: str) -> Outcome:
+    """Fit five layers, two of them frozen, to a few images of noise."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 32, 32, 3), np.uint8)
+    source = Source(("a", "b"), in_memory(images, np.arange(30) % 2, "noise"))
+    config = checked(compose(["data.image_size=32", "trainer.accelerator=cpu", *overrides]))
+    data = prepare(source, image_size=32, split_seed=0, max_bad=0, folder=tmp_path)
+    genes = {"included_layers": 5, "frozen_layers": 2, "learning_rate": 1e-3, "dropout": 0.1}
+    stop = multiprocessing.get_context("spawn").Event()
+    silence()
+    return Fitter(config, data, stop)(Fit(genes, 1, 0, tmp_path / "fit"))
+
+
 def cached(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "hub" / "checkpoints").iterdir())
 
@@ -262,7 +283,7 @@ def test_imagenet_from_server_to_network(served: Served, tmp_path: Path) -> None
     key = "features.denseblock4.denselayer16.conv.2.weight"
     assert torch.equal(network.state_dict()["layers.57.dense.conv2.weight"], weights.tensors[key])
     weight_files._read.cache_clear()
-    read_weights("imagenet", IMAGENET)
+    assert fit_with(tmp_path, "model=se_densenet121", "model.weights=imagenet").val_loss
     assert served.requests == 1
     assert [path.name for path in cached(tmp_path)] == [served.url.rpartition("/")[2]]
 
@@ -344,3 +365,68 @@ def test_se_densenet_is_named_as_torchvision_names_it() -> None:
     assert network.names.keys() == theirs
     ours = {key for key in network.state_dict() if not key.startswith("classifier")}
     assert set(network.names.values()) == ours
+
+
+# The hub
+
+
+def test_timms_weights_come_from_the_hub_once(tmp_path: Path) -> None:
+    """A local server stands for the hub; its address is read when its client is imported."""
+    name = "mobilenetv3_small_050"
+    save_file(timm.create_model(name).state_dict(), tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    requests: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            requests.append(f"{self.command} {self.path}")
+            found = self.path.endswith("model.safetensors")
+            self.send_response(200 if found else 404)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("Content-Length", str(len(content) if found else 0))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            if self.path.endswith("model.safetensors"):
+                self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = f"""
+        from gatl.models.weight_files import read_weights, UserError
+        source = {{"_target_": "gatl.models.timm_network.timm_weights", "name": "{name}"}}
+        try:
+            weights = read_weights("imagenet", {{"imagenet": source}})
+            print(len(weights.tensors), float(weights.tensors["conv_head.weight"].sum()))
+        except UserError as error:
+            print(error)
+    """
+
+    def read(home: str) -> str:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            env={**os.environ, **hub, "HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    expected = load_file(tmp_path / "model.safetensors")
+    first = read("home").split()
+    assert int(first[0]) == len(expected) - 2  # without the classifier
+    assert float(first[1]) == pytest.approx(float(expected["conv_head.weight"].sum()), abs=1e-3)
+    server.shutdown()
+    server.server_close()
+    assert sum(line.startswith("GET") and "safetensors" in line for line in requests) == 1
+    assert read("home").split() == first  # from the cache, for nobody answers any more
+    assert re.fullmatch(
+        r"model\.weights=imagenet cannot be had \(.*\): give .*PATH\.\n", read("empty")
+    )
