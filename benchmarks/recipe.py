@@ -103,7 +103,7 @@ def train(session: Session, genes: Mapping[str, Value]) -> dict[str, Any]:
     """Train and test as the final model is; return the figures."""
     (session.folder / "final").mkdir(parents=True)
     try:
-        classifier, training = retrain(session, genes)
+        classifier, training = retrain(session, genes, session.folder / "fit")
         figures, _ = test(session, classifier)
     except Diverged as error:
         raise UserError(f"{session.folder.name}: the training {error}.") from error

@@ -17,12 +17,15 @@ from gatl.cli import (
     compose,
     compose_resumed,
     default_folder,
+    folder_named,
+    make_folder,
     narrow_output,
     new_folder,
     one_line_errors,
     parse,
     read_command_line,
     remember,
+    resolve_if,
     split_jobs,
 )
 from gatl.config import Config, checked
@@ -197,7 +200,7 @@ def main() -> None:
         elsewhere = args.config_dir or args.config_name or args.config_path
         if args.help or args.info or args.cfg:
             if not elsewhere:
-                compose(words)
+                resolve_if(args.resolve, compose(words))
             with narrow_output() if args.help else contextlib.nullcontext():
                 job()
         elif elsewhere or args.hydra_help or args.shell_completion:
@@ -205,7 +208,7 @@ def main() -> None:
         elif resumed:
             if args.multirun or len(resumed) > 1:
                 raise UserError("resume= goes on with one run; leave out the sweep.")
-            folder = Path(resumed[0].removeprefix("resume=")).expanduser().absolute()
+            folder = folder_named(resumed[0].removeprefix("resume="))
             resume(folder, [word for word in words if word not in resumed])
         elif args.multirun:
             jobs = split_jobs(words)
@@ -235,7 +238,9 @@ def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) ->
     if not given:
         sys.argv.insert(1, f"{key}={new_folder(default_folder(key, overrides))}")
     elif key == "hydra.run.dir":  # each job of a sweep has one inside, which it looks at itself
-        must_be_new(Path(str(given[-1].value())))
+        folder = Path(str(given[-1].value()))
+        make_folder(folder)
+        must_be_new(folder)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from yaml import YAMLError
 
 from gatl import __version__
 from gatl.chromosome import KNOWN_GENES
+from gatl.config import resolving
 from gatl.errors import UserError
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final")
@@ -100,7 +101,31 @@ def quoted(word: str) -> str:
     left as it is.
     """
     match = _LITERAL.fullmatch(word)
-    return f'{match["key"]}="{match["value"]}"' if match else word
+    if match is None:
+        return word
+    key, value = match.groups()
+    if key in ("hydra.run.dir", "hydra.sweep.dir"):  # Hydra itself knows no home folder
+        value = str(folder_named(value))
+    return f'{key}="{value}"'
+
+
+def folder_named(text: str) -> Path:
+    """Return the folder that a user names; ``~`` is the home folder.
+
+    Raises:
+        UserError: If it is the home folder of an unknown user.
+    """
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{text} cannot be found: there is no such user here.") from error
+
+
+def resolve_if(asked: bool, composed: DictConfig) -> None:
+    """Find out, where ``--resolve`` asks for it, whether all interpolations can be resolved."""
+    if asked:
+        with resolving():
+            OmegaConf.resolve(composed)
 
 
 @contextlib.contextmanager
@@ -185,9 +210,16 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> DictConfig
                 named = isinstance(value, dict) or all(isinstance(name, str) for name in names)
                 if options and not named and not override.is_delete():
                     raise UserError(f"{key} must be one of {', '.join(options)}, but got {value}.")
-            return hydra.compose(config_name, overrides=list(overrides))
+            composed = hydra.compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, config_name)) from error
+    if any(override.key_or_group == "model.name" for override in parsed):
+        network = OmegaConf.select(composed, "model.network")
+        if not (isinstance(network, DictConfig) and "name" in network) or not (
+            OmegaConf.is_interpolation(network, "name")
+        ):
+            raise UserError("model.name chooses among timm's models: add model=timm.")
+    return composed
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -306,18 +338,36 @@ def new_folder(path: Path) -> Path:
     Raises:
         UserError: If it cannot be made.
     """
+    make_folder(path.parent)
     folder, number = path, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
-            folder = path.with_name(f"{path.name}_{number}")
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be made: {error.strerror}; give another with hydra.run.dir=PATH."
-            ) from error
+    while folder.exists():
+        number += 1
+        folder = path.with_name(f"{path.name}_{number}")
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another run was faster
+        return new_folder(path)
+    except OSError as error:
+        raise _unmakable(folder, error) from error
+    return folder
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those it lies in, unless it is there.
+
+    Raises:
+        UserError: If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unmakable(path, error) from error
+
+
+def _unmakable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder} cannot be made: {error.strerror}; give another with hydra.run.dir=PATH."
+    )
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ defaults and their explanations stand in ``conf/``, nowhere else. This module
 imports no torch, so that a typing error costs no start-up time.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -454,6 +455,18 @@ def _fill_elites(ga: object) -> None:
         ga.n_elites = min(ELITES, pop - 1) if isinstance(pop, int) else ELITES
 
 
+@contextlib.contextmanager
+def resolving() -> Iterator[None]:
+    """Turn what goes wrong with interpolations inside this context into a `UserError`."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        if isinstance(error.__context__, UserError):  # what a resolver raised
+            raise error.__context__ from None
+        reason = (error.msg or str(error)).splitlines()[0].rstrip(".")
+        raise UserError(f"The configuration cannot be resolved: {reason}.") from error
+
+
 def checked(composed: DictConfig) -> Config:
     """Turn a composed configuration into the checked one.
 
@@ -476,14 +489,9 @@ def checked(composed: DictConfig) -> Config:
     for name in map(str, cfg):
         if name not in ("seed", "resume", *GROUPS):
             raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}.")
-    try:
+    with resolving():
         _fill_elites(cfg.ga)
         OmegaConf.resolve(cfg)
-    except OmegaConfBaseException as error:
-        if isinstance(error.__context__, UserError):  # what a resolver raised
-            raise error.__context__ from None
-        reason = (error.msg or str(error)).splitlines()[0].rstrip(".")
-        raise UserError(f"The configuration cannot be resolved: {reason}.") from error
     for key in GROUPS:
         if not isinstance(cfg[key], DictConfig):
             raise UserError(f"{key} must be a group of settings, but got {cfg[key]!r}.")

@@ -33,8 +33,9 @@ from gatl.config import Config, TrainerConfig
 from gatl.data.images import PreparedData
 from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
+from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
-from gatl.models.weights import load
+from gatl.models.weights import LoadReport, differences, load, require_backbone
 from gatl.outcome import Outcome
 from gatl.streams import Purpose, generator
 
@@ -156,20 +157,41 @@ def silence() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\..*")
 
 
-def build_classifier(config: Config, data: PreparedData, genes: Mapping[str, float]) -> Classifier:
-    """Build the classifier of a chromosome with its weights loaded; seed torch before."""
-    model = config.model
+def build_classifier(
+    config: Config, data: PreparedData, genes: Mapping[str, float]
+) -> tuple[Classifier, LoadReport | None]:
+    """Build the classifier of a chromosome with its weights loaded; seed torch before.
+
+    Returns:
+        The classifier, and what was loaded into it; None if all of it starts random.
+    """
     weights = class_weights(data.train.labels, len(data.classes))
     classifier = Classifier(
-        network=model.network,
+        network=config.model.network,
         genes=dict(genes),
         classes=list(data.classes),
         preprocessing=config.preprocessing,
         class_weights=[float(w) for w in weights] if config.data.class_weights else None,
     )
-    if (pretrained := read_weights(model.weights, model.sources)) is not None:
-        load(classifier.network, pretrained)
-    return classifier
+    return classifier, load_pretrained(config, classifier.network)
+
+
+def load_pretrained(config: Config, network: LayeredNetwork) -> LoadReport | None:
+    """Load what ``model.weights`` names into a network.
+
+    Returns:
+        What was loaded; None for ``none``.
+
+    Raises:
+        UserError: If the weights cannot be had or read, or are another network's.
+    """
+    weights = read_weights(config.model.weights, config.model.sources)
+    if weights is None:
+        return None
+    require_backbone(weights.card, config.model.network)
+    report = load(network, weights)
+    notes = differences(weights.card, config.preprocessing)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def build_data(config: Config, data: PreparedData, seed: int) -> ImageData:
@@ -244,7 +266,7 @@ class Fitter:
         classifier: Classifier | None = None
         try:
             torch.manual_seed(fit.seed)
-            classifier = build_classifier(self._config, self._data, fit.genes)
+            classifier, _ = build_classifier(self._config, self._data, fit.genes)
             trainer = build_trainer(
                 self._config,
                 fit.epochs,

@@ -39,7 +39,13 @@ from sklearn.metrics import (
 
 from gatl.chromosome import Value
 from gatl.classifier import Classifier, Diverged
-from gatl.cli import compose_resumed, help_requested, one_line_errors, remember
+from gatl.cli import (
+    compose_resumed,
+    folder_named,
+    help_requested,
+    one_line_errors,
+    remember,
+)
 from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import (
@@ -180,7 +186,7 @@ def finish(session: Session) -> float:
         "classes": list(session.data.classes),
         "weights": {
             "from": session.config.model.weights,
-            **(session.weights.to_json() if session.weights else {}),
+            **training.pop("weights"),
         },
         "precision": resolve_precision(session.config.trainer),
         "versions": _versions(),
@@ -188,10 +194,13 @@ def finish(session: Session) -> float:
         "settings": asdict(session.config.final),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (folder / "final" / "fit" / "best.ckpt").replace(folder / "best.ckpt")
+    # Copied, not moved: whoever is killed before all is written finds what the training left.
+    shutil.copyfile(_fit_folder(session, winner) / "best.ckpt", folder / ".best.ckpt.new")
+    (folder / ".best.ckpt.new").replace(folder / "best.ckpt")
     _write_json(folder / "result.json", result)
-    for name in ("last.ckpt", "training.json"):  # they have done their duty; the logs stay
-        (folder / "final" / "fit" / name).unlink(missing_ok=True)
+    for candidate in candidates:  # the logs stay
+        for name in ("best.ckpt", "last.ckpt", "training.json"):
+            (_fit_folder(session, candidate) / name).unlink(missing_ok=True)
     _show(session, winner, figures, matrix, n_tests)
     return best.value
 
@@ -304,7 +313,8 @@ def _retrain_best(
         )
     for candidate in sorted(candidates, key=lambda candidate: candidate.mean):
         try:
-            return candidate, *retrain(session, candidate.genes)
+            folder = _fit_folder(session, candidate)
+            return candidate, *retrain(session, candidate.genes, folder)
         except Diverged as error:
             session.console.print(
                 f"The final training of trial {candidate.trial.number} {error}; the next best ..."
@@ -315,11 +325,23 @@ def _retrain_best(
     )
 
 
-def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, dict[str, Any]]:
+def _fit_folder(session: Session, candidate: Candidate) -> Path:
+    """Return where a candidate's final training is kept, each in a folder of its own."""
+    return session.folder / "final" / "fit" / str(candidate.trial.number)
+
+
+def retrain(
+    session: Session, genes: Mapping[str, Value], folder: Path
+) -> tuple[Classifier, dict[str, Any]]:
     """Train a chromosome for longer, with early stopping; keep the best epoch.
 
     All cores take part, since no other fit runs. A training that was cut off goes on
     from its last whole epoch, as if it had not been.
+
+    Args:
+        session: The run.
+        genes: The chromosome by name.
+        folder: Where its checkpoints and logs go.
 
     Returns:
         The classifier of the best epoch, and what there is to say of the training.
@@ -328,18 +350,14 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
         Diverged: If a loss was not finite in the first epoch.
         FitStopped: If the user stopped it.
     """
-    config, folder = session.config, session.folder / "final" / "fit"
-    settings = {
-        "genes": dict(genes),
-        "max_epochs": config.final.max_epochs,
-        "patience": config.final.patience,
-    }
-    last, curve = _begun(folder, settings)
+    config = session.config
+    settings = {"genes": dict(genes), "patience": config.final.patience}
+    last, curve = _begun(folder, settings, config.final.max_epochs)
     started = time.monotonic()
     torch.set_num_threads(THREADS)
     seed = fit_seed(config.seed, Purpose.FINAL, genes)
     torch.manual_seed(seed)
-    classifier = build_classifier(config, session.data, genes)
+    classifier, report = build_classifier(config, session.data, genes)
     if not _is_over(curve, config.final.max_epochs, config.final.patience):
         begun = f", {len(curve)} of them done" if curve else ""
         session.console.print(
@@ -370,7 +388,7 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
             session.console.print(f"The final training {error}; its best epoch is kept.")
         curve = classifier.epochs
     _write_csv(
-        folder.parent / "learning_curve.csv",
+        session.folder / "final" / "learning_curve.csv",
         ("epoch", *curve[0]),
         ((i + 1, *epoch.values()) for i, epoch in enumerate(curve)),
     )
@@ -384,10 +402,13 @@ def retrain(session: Session, genes: Mapping[str, Value]) -> tuple[Classifier, d
         "total_params": classifier.network.n_parameters,
         "threads": THREADS,
         "seconds": round(time.monotonic() - started, 1),
+        "weights": report.to_json() if report else {},
     }
 
 
-def _begun(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list[dict[str, float]]]:
+def _begun(
+    folder: Path, settings: Mapping[str, Any], max_epochs: int
+) -> tuple[Path | None, list[dict[str, float]]]:
     """Return the checkpoint from which a training with these settings goes on, and its epochs.
 
     If there is none, the folder is made empty: what lies there is another training's.
@@ -395,7 +416,9 @@ def _begun(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, list
     last, kept = folder / "last.ckpt", folder / "training.json"
     try:
         if json.loads(kept.read_text(encoding="utf-8")) == settings:
-            return last, torch.load(last, map_location="cpu", weights_only=True)["epochs"]
+            curve = torch.load(last, map_location="cpu", weights_only=True)["epochs"]
+            if len(curve) <= max_epochs and (folder / "best.ckpt").is_file():
+                return last, curve
     except Exception:  # nothing is there yet, or it is damaged: torch raises many kinds for that
         pass
     shutil.rmtree(folder, ignore_errors=True)
@@ -591,7 +614,7 @@ def main() -> None:
     with one_line_errors():
         if len(given) != 1:
             raise UserError("Give one run folder: python -m gatl.final run=outputs/DATE/TIME")
-        folder = Path(given[0].removeprefix("run=")).expanduser().absolute()
+        folder = folder_named(given[0].removeprefix("run="))
         config = checked(compose_resumed(folder, overrides))
         if not (folder / JOURNAL).is_file():
             raise UserError(f"{folder} holds no search yet: it has no {JOURNAL}.")

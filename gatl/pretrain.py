@@ -36,14 +36,20 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from gatl.classifier import WeightedMean
-from gatl.cli import compose, one_line_errors, read_command_line, split_jobs
+from gatl.cli import (
+    compose,
+    folder_named,
+    one_line_errors,
+    read_command_line,
+    resolve_if,
+    split_jobs,
+)
 from gatl.config import (
     DataConfig,
     ModelConfig,
@@ -51,6 +57,7 @@ from gatl.config import (
     _require,
     _require_range,
     _section,
+    resolving,
 )
 from gatl.data.images import PreparedData, prepare
 from gatl.data.module import ImageData
@@ -60,7 +67,7 @@ from gatl.errors import UserError
 from gatl.evaluation import resolve_precision, silence
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import CARD_KEY, read_safetensors
-from gatl.models.weights import describe_se, load
+from gatl.models.weights import backbone_of, describe_se, load
 from gatl.progress import format_duration
 from gatl.record import held
 from gatl.streams import Purpose, generator
@@ -143,11 +150,8 @@ def checked(composed: DictConfig) -> PretrainConfig:
         raise UserError(f"data must be a group of settings, but got {cfg.get('data')!r}.")
     if OmegaConf.is_missing(cfg.data, "root"):
         raise UserError(f"data.root is required with data={cfg.data.name}: give data.root=PATH.")
-    try:
+    with resolving():
         OmegaConf.resolve(cfg)
-    except OmegaConfBaseException as error:
-        reason = (error.msg or str(error)).splitlines()[0]
-        raise UserError(f"The configuration cannot be resolved: {reason}.") from error
     for name in ("seed", "bits"):
         whole = isinstance(cfg[name], int) and not isinstance(cfg[name], bool)
         _require(whole, name, cfg[name], "a whole number")
@@ -460,7 +464,7 @@ def run(config: PretrainConfig, console: Console, command: str) -> Path:
     """
     silence()
     precision = choose_precision(config.trainer)
-    folder = Path(config.output).expanduser()
+    folder = folder_named(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     images = folder / ".images"
     with held(folder):
@@ -670,6 +674,7 @@ def make_card(
     placement, gate = describe_se(module.network)
     return {
         "model": model.name,
+        "backbone": backbone_of(model.network),
         "layers": model.n_layers,
         "parameters": sum(
             p.numel() for n, p in module.network.named_parameters() if "classifier" not in n
@@ -754,7 +759,7 @@ def main() -> None:
         if args.help or args.hydra_help or args.shell_completion or args.info:
             pass
         elif args.cfg:
-            compose(args.overrides, "pretrain")
+            resolve_if(args.resolve, compose(args.overrides, "pretrain"))
         else:
             for overrides in split_jobs(args.overrides) if args.multirun else [args.overrides]:
                 checked(compose(overrides, "pretrain"))

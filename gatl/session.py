@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
@@ -25,13 +25,12 @@ from gatl.data.images import PreparedData, describe, prepare
 from gatl.errors import UserError
 from gatl.evaluation import (
     Evaluator,
+    load_pretrained,
     reason,
     resolve_precision,
     silence,
 )
 from gatl.models.layered import LayeredNetwork
-from gatl.models.weight_files import read_weights
-from gatl.models.weights import LoadReport, differences, load
 from gatl.progress import decoding
 from gatl.record import held, open_study
 from gatl.strategies.base import Strategy
@@ -48,7 +47,6 @@ class Session:
         strategy: Says what each trial is.
         study: The record.
         evaluator: Runs the fits.
-        weights: What was loaded into the deepest network; None if all starts random.
         console: Where the user reads.
         stop: Set when the user asks to stop.
         cut: Set to make the evaluator's running fits end.
@@ -60,7 +58,6 @@ class Session:
     strategy: Strategy
     study: optuna.Study
     evaluator: Evaluator
-    weights: LoadReport | None
     console: Console
     stop: threading.Event
     cut: Event
@@ -84,15 +81,9 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     """
     silence()
     resolve_precision(config.trainer)
-    weights = read_weights(config.model.weights, config.model.sources)
     strategy = _build_strategy(config)
     evaluator_class = _evaluator_class(config)
-    network = _largest_network(config)
-    report = None
-    if weights is not None:
-        report = load(network, weights)
-        notes = differences(weights.card, config.preprocessing)
-        report = replace(report, notes=(*report.notes, *notes))
+    report = load_pretrained(config, _largest_network(config))
     images = folder / ".images"
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
@@ -120,7 +111,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 now = False
                 try:
                     yield Session(
-                        config, folder, data, strategy, study, evaluator, report, console, stop, cut
+                        config, folder, data, strategy, study, evaluator, console, stop, cut
                     )
                 except KeyboardInterrupt:
                     now = True

@@ -17,6 +17,7 @@ from gatl import __version__
 from gatl.cli import (
     compose,
     compose_resumed,
+    folder_named,
     help_requested,
     narrow_output,
     new_folder,
@@ -25,6 +26,7 @@ from gatl.cli import (
     quoted,
     read_command_line,
     remember,
+    resolve_if,
     split_jobs,
 )
 from gatl.config import checked
@@ -451,3 +453,39 @@ def test_cfg_prints_what_was_composed(tmp_path):
     done = gatl(tmp_path, "--cfg", "job", "seed=3", "experiment=quickstart")
     assert OmegaConf.create(done.stdout) == compose(["seed=3", "experiment=quickstart"])
     assert list(tmp_path.iterdir()) == []
+
+
+# Folders and names that a user gives
+
+
+def test_a_folder_that_a_user_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder_named("~/run") == tmp_path / "run"
+    assert quoted("hydra.run.dir=~/run") == f'hydra.run.dir="{tmp_path}/run"'
+    with pytest.raises(UserError, match="no such user"):
+        folder_named("~nobody-of-that-name/run")
+
+
+def test_a_new_folder_below_what_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "outputs").symlink_to(tmp_path / "unmounted" / "disk")
+    (tmp_path / "file").touch()
+    for place in ("outputs", "file"):
+        with pytest.raises(UserError, match=f"{place}.* cannot be made"):
+            new_folder(tmp_path / place / "day" / "time")
+    assert new_folder(tmp_path / "day" / "time") == tmp_path / "day" / "time"
+    assert new_folder(tmp_path / "day" / "time") == tmp_path / "day" / "time_2"
+
+
+def test_a_name_of_timms_needs_timm():
+    with pytest.raises(UserError, match="add model=timm"):
+        compose(["model.name=resnet50"])
+    with pytest.raises(UserError, match="add model=timm"):
+        compose(["model=efficientnet_lite0", "model.name=resnet50"])
+    assert compose(["model=timm", "model.name=resnet18"]).model.name == "resnet18"
+
+
+def test_what_a_resolver_says_is_one_line():
+    composed = compose(["model=timm", "model.name=nope"])
+    resolve_if(False, composed)
+    with pytest.raises(UserError, match=r"model\.name=nope is no model of timm's"):
+        resolve_if(True, composed)

@@ -111,7 +111,6 @@ def session_in(
         strategy,
         study,
         FakeEvaluator(evaluate),
-        None,
         Console(file=io.StringIO(), width=250, markup=False, highlight=False),
         threading.Event(),
         threading.Event(),
@@ -371,9 +370,8 @@ def test_the_folder_holds_what_the_contract_names_and_nothing_odd(made):
         *("confusion_matrix.csv", "fit", "learning_curve.csv", "predictions.csv"),
         "reevaluation.json",
     }
-    assert {path.name for path in (made.folder / "final" / "fit").iterdir()} == {
-        *("hparams.yaml", "metrics.csv")
-    }
+    (fit,) = (made.folder / "final" / "fit").iterdir()
+    assert {path.name for path in fit.iterdir()} == {*("hparams.yaml", "metrics.csv")}
 
 
 def test_what_was_found_is_printed(made, result):
@@ -535,19 +533,70 @@ def test_a_final_training_goes_on_as_if_it_had_not_been_cut_off(
         ).read_bytes()
 
 
-def test_another_winner_or_patience_starts_its_training_anew(tmp_path):
-    begun = {"genes": {"dropout": 0.5}, "max_epochs": 3, "patience": 2}
-    assert final._begun(tmp_path / "fit", begun) == (None, [])
-    torch.save({"epochs": [{"val_loss": 0.5}]}, tmp_path / "fit" / "last.ckpt")
-    assert final._begun(tmp_path / "fit", begun) == (
-        tmp_path / "fit" / "last.ckpt",
-        [{"val_loss": 0.5}],
-    )
-    (tmp_path / "fit" / "last.ckpt").write_bytes(b"torn")
-    assert final._begun(tmp_path / "fit", begun) == (None, [])
-    torch.save({"epochs": [{"val_loss": 0.5}]}, tmp_path / "fit" / "last.ckpt")
-    assert final._begun(tmp_path / "fit", begun | {"patience": 3}) == (None, [])
-    assert not (tmp_path / "fit" / "last.ckpt").exists()
+def test_what_a_training_goes_on_from(tmp_path):
+    folder, begun = tmp_path / "fit", {"genes": {"dropout": 0.5}, "patience": 2}
+    curve = [{"val_loss": 0.5}, {"val_loss": 0.4}]
+
+    def leave():
+        torch.save({"epochs": curve}, folder / "last.ckpt")
+        (folder / "best.ckpt").touch()
+
+    assert final._begun(folder, begun, 3) == (None, [])
+    leave()
+    for max_epochs in (2, 3, 9):
+        assert final._begun(folder, begun, max_epochs) == (folder / "last.ckpt", curve)
+    assert final._begun(folder, begun, 1) == (None, [])  # it is beyond its end
+    assert not (folder / "last.ckpt").exists()
+    leave()
+    (folder / "last.ckpt").write_bytes(b"torn")
+    assert final._begun(folder, begun, 3) == (None, [])
+    leave()
+    (folder / "best.ckpt").unlink()
+    assert final._begun(folder, begun, 3) == (None, [])
+    leave()
+    assert final._begun(folder, begun | {"patience": 3}, 3) == (None, [])
+    assert not (folder / "last.ckpt").exists()
+
+
+def test_a_kill_while_the_result_is_written_loses_no_training(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data)
+    write = final._write_json
+
+    def killed(path, content):
+        if path.name == "result.json":
+            raise SystemExit
+        write(path, content)
+
+    monkeypatch.setattr(final, "_write_json", killed)
+    with pytest.raises(SystemExit):
+        finish(session)
+    assert (tmp_path / "best.ckpt").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("lightning.Trainer.fit", refuse)
+    finish(session)
+    assert json.loads((tmp_path / "result.json").read_text())["final"]["epochs"] == 3
+
+
+def test_a_diverging_candidate_does_not_cost_the_next_one_its_epochs(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data)
+    session.evaluator.evaluate = favouring(session, 3)
+    first = genes_of(session, 3)
+    interrupting = True
+
+    def disturb(self):
+        if self.genes == first:
+            self.network.classifier.weight.data.fill_(float("nan"))
+        elif self.current_epoch == 2 and interrupting:
+            session.stop.set()
+
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", disturb)
+    with pytest.raises(KeyboardInterrupt):
+        finish(session)
+    interrupting = False
+    session.stop.clear()
+    finish(session)
+    assert "2 of them done" in printed(session)
+    assert json.loads((tmp_path / "result.json").read_text())["best"]["trial"] != 3
 
 
 def test_a_training_that_diverges_late_keeps_its_best_epoch(tmp_path, data, monkeypatch):

@@ -152,12 +152,11 @@ def test_weights_that_do_not_fit_are_found_before_the_search(tmp_path):
 
 def test_weights_are_tried_in_the_deepest_network_that_the_space_has(tmp_path):
     with open_run(tmp_path, "space.included_layers.high=4") as session:
-        assert session.weights is not None
-        assert session.weights.to_json()["new"] == ["neck", "classifier", "SE of 1 layer"]
-        assert f"Weights: bundled, {session.weights}\n" in session.console.file.getvalue()
-        assert "pretrained with image_size 64, used with 32" in str(session.weights)
+        said = session.console.file.getvalue()
+        assert "Weights: bundled, " in said
+        assert "; new: neck, classifier, SE of 1 layer; " in said
+        assert "pretrained with image_size 64, used with 32" in said
     with open_run(tmp_path, "model.weights=none") as session:
-        assert session.weights is None
         assert "Weights: none, all starts random\n" in session.console.file.getvalue()
 
 

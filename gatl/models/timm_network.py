@@ -7,8 +7,10 @@ cut at layer L, its features are those behind timm's block L.
 
 import difflib
 import functools
+import hashlib
 import importlib
 import itertools
+import re
 import socket
 import urllib.request
 from collections import OrderedDict
@@ -19,7 +21,7 @@ from urllib.parse import urlsplit
 
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from timm.layers import LayerNorm2d
 from timm.models import ConvNeXt, EfficientNet, MobileNetV3, ResNet, VisionTransformer
@@ -178,13 +180,38 @@ def timm_weights(name: str) -> Weights:
         RuntimeError: If timm has none.
     """
     card = _card(name)
-    repository = timm.get_pretrained_cfg(name).hf_hub_id
-    if repository:
-        _require_network(repository)
+    source = timm.get_pretrained_cfg(name)
+    if source is None or not source.hf_hub_id:
+        raise RuntimeError(f"timm offers no weights of {name}")
+    file = _download(source.hf_hub_id, source.hf_hub_filename or "model.safetensors")
     # Drawing parameters that are then overwritten must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model = timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": str(file)}
+        )
     return Weights(model.state_dict(), card)
+
+
+def _download(repository: str, name: str) -> Path:
+    """Return a file of the hub, from its cache if it is there.
+
+    The cache calls a file by its SHA-256, which the hub's client does not verify.
+
+    Raises:
+        OSError: If it can be neither found nor downloaded nor kept.
+        RuntimeError: If it is not what the hub says it is; it is then removed.
+    """
+    _require_network(repository)
+    file = Path(hf_hub_download(repository, name))
+    blob = file.resolve()
+    if re.fullmatch("[0-9a-f]{64}", blob.name):
+        with blob.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != blob.name:
+            file.unlink()
+            blob.unlink()
+            raise RuntimeError(f"invalid hash value: expected {blob.name}, got {found}")
+    return file
 
 
 def efficientnet_lite0_weights() -> Weights:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.models import DenseNet121_Weights
 
 from gatl.errors import UserError
-from gatl.models.weights import Weights
+from gatl.models.weights import Weights, backbone_of
 
 CARD_KEY = "gatl.card"
 """Where the header of a weights file holds its card, as JSON."""
@@ -34,7 +34,6 @@ TIMEOUT_S = 10.0
 
 DENSENET121_URL: str = DenseNet121_Weights.IMAGENET1K_V1.url
 
-_UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _GATES = {"identity": "2*sigmoid", "kaiming": "sigmoid"}
 
 
@@ -65,32 +64,55 @@ def _read(spec: str, sources_json: str) -> Weights:
     if (source := sources.get(spec)) is not None:
         arguments = {key: value for key, value in source.items() if key != "_target_"}
         try:
-            weights: Weights = get_method(source["_target_"])(**arguments)
+            return _sound(get_method(source["_target_"])(**arguments))
         except UserError:
             raise
-        except _UNREADABLE as error:
-            others = " or ".join(f"model.weights={word}" for word in ["none", *sources, "PATH"])
-            others = others.replace(f"model.weights={spec} or ", "")
+        except Exception as error:  # networks, disks and files have many ways to fail
+            others = [word for word in ("none", *sources, "PATH") if word != spec]
             raise UserError(
-                f"model.weights={spec} cannot be had ({_first_line(error)}): give {others}."
+                f"model.weights={spec} cannot be had ({_first_line(error)}): give "
+                + " or ".join(f"model.weights={word}" for word in others)
+                + "."
             ) from error
-        return weights
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+    except RuntimeError:  # there is no such user
+        path = Path(spec)
     if not path.is_file():
         raise UserError(
             f"model.weights must be {choices} or a file, but there is no file {str(path)!r}."
         )
     try:
-        return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        return _sound(
+            read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        )
+    except UserError as error:
+        raise UserError(f"model.weights={spec}: {error}") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"model.weights={spec} is refused: it is damaged, or holds more than tensors, which "
             "could only be loaded by running code from it; save a state dict or .safetensors."
         ) from error
-    except _UNREADABLE as error:
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(
             f"model.weights={spec} is no file of plain weights: {_first_line(error)}"
         ) from error
+
+
+def _sound(weights: Weights) -> Weights:
+    """Return weights if they are tensors of finite numbers.
+
+    Raises:
+        UserError: If not.
+    """
+    for name, tensor in weights.tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError("It holds no state dict of tensors.")
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(f"Its tensor {name} is no plain one.")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"Its tensor {name} holds NaN or infinity.")
+    return weights
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -123,28 +145,37 @@ def _read_torch(path: Path) -> Weights:
         content = torch.load(path, map_location="cpu", weights_only=True)
     card: dict[str, Any] = {}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        card = _card_of(content.get("hyper_parameters", {}))
+        card = _card_of(content.get("hyper_parameters"))
         content = content["state_dict"]
         if card:  # a checkpoint by gatl
             prefix = "network."
-            content = {k.removeprefix(prefix): v for k, v in content.items() if prefix in k}
-    if not isinstance(content, Mapping) or not all(
-        isinstance(tensor, Tensor) for tensor in content.values()
-    ):
-        raise UserError(f"model.weights={path} holds no state dict of tensors.")
+            content = {
+                str(key).removeprefix(prefix): value
+                for key, value in content.items()
+                if str(key).startswith(prefix)
+            }
+    if not isinstance(content, Mapping):
+        raise UserError("It holds no state dict of tensors.")
     return Weights(content, card)
 
 
-def _card_of(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _card_of(hyper_parameters: object) -> dict[str, Any]:
     """Return what a checkpoint by gatl says of its weights; empty for any other's."""
-    settings = hyper_parameters.get("settings")  # of a pretraining
-    network = settings["model"]["network"] if settings else hyper_parameters.get("network")
-    if not isinstance(network, Mapping):
-        return {}
+    preprocessing: dict[str, Any] = {}
+    match hyper_parameters:
+        case {"settings": {"model": {"network": {"_target_": str()} as network}}}:
+            pass  # of a pretraining
+        case {"network": {"_target_": str()} as network, "preprocessing": dict(preprocessing)}:
+            pass
+        case _:
+            return {}
     placement = network.get("se_placement", "none")
     gate = None if placement == "none" else _GATES.get(network.get("se_init", ""))
-    card: dict[str, Any] = {"se": {"placement": placement, "gate": gate}}
-    return card | {"preprocessing": hyper_parameters.get("preprocessing", {})}
+    return {
+        "backbone": backbone_of(network),
+        "se": {"placement": placement, "gate": gate},
+        "preprocessing": preprocessing,
+    }
 
 
 def bundled(name: str) -> Weights:

@@ -23,6 +23,7 @@ _HEADS = ("classifier", "fc", "head")
 # The files that torchvision downloads still say `norm.1` where its modules say `norm1`.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_SE = re.compile(r"layers\.\d+\.(dense\.)?se\.fc[12]\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Weights:
 
     Attributes:
         tensors: By name.
-        card: What their file says of them: among others `se`, with `placement` and
-            `gate` as `describe_se` says them, and `preprocessing`. Empty if it says
-            nothing.
+        card: What their file says of them: among others `backbone`, see `backbone_of`;
+            `se`, with `placement` and `gate` as `describe_se` says them; and
+            `preprocessing`. Empty if it says nothing.
     """
 
     tensors: Mapping[str, Tensor]
@@ -157,6 +158,36 @@ def describe_se(network: nn.Module) -> tuple[str, str | None]:
     return "none", None
 
 
+def backbone_of(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides which tensors a backbone has and what they mean, but for SE.
+
+    Args:
+        network: `model.network`: the `_target_` that builds it, and its arguments.
+    """
+    chosen = ("se_placement", "se_init", "dropout_at")
+    backbone = {key: value for key, value in network.items() if key not in chosen}
+    if isinstance(name := backbone.get("name"), str):
+        backbone["name"] = name.partition(".")[
+            0
+        ]  # timm's tag says which weights, not which network
+    return backbone
+
+
+def require_backbone(card: Mapping[str, Any], network: Mapping[str, Any]) -> None:
+    """Refuse weights whose card names another backbone; without a name, their tensors decide.
+
+    Raises:
+        UserError: If so.
+    """
+    theirs, ours = card.get("backbone", {}), backbone_of(network)
+    for key in theirs:
+        if theirs[key] != ours.get(key):
+            raise UserError(
+                f"The weights are another network's: its {key} is {theirs[key]}, "
+                f"the model's is {ours.get(key)}."
+            )
+
+
 def differences(card: Mapping[str, Any], preprocessing: Mapping[str, Any]) -> list[str]:
     """Say where the images of a run are not prepared as those that the weights saw.
 
@@ -187,9 +218,11 @@ def _translate(network: LayeredNetwork, weights: Weights) -> tuple[dict[str, str
     if len(library) > len(own):
         rest = [key for key in weights.tensors if key not in library]
         return library, [key for key in rest if key.split(".")[0] not in _HEADS]
-    # A cut network lacks the SE of the whole one's blocks, which these weights may have.
-    rest = [key for key in weights.tensors if key not in own and ".se." not in key]
-    return own, [key for key in rest if not key.startswith("classifier.")]
+    rest = [key for key in weights.tensors if key not in own and not key.startswith("classifier.")]
+    if weights.card.get("se") or describe_se(network)[0] != "none":
+        # Cut or without SE, the network has no place for all SE of the weights.
+        rest = [key for key in rest if not _SE.fullmatch(key)]
+    return own, rest
 
 
 def _is_se(name: str, network: LayeredNetwork) -> bool:
@@ -202,7 +235,8 @@ def _se_mismatch(network: LayeredNetwork, weights: Weights) -> str | None:
     own = describe_se(network)
     se = weights.card.get("se", {})
     theirs = se.get("placement"), se.get("gate")
-    held = any(".se." in key and key not in network.names for key in weights.tensors)
+    listed = {*network.names, *network.names.values()}
+    held = any(_SE.fullmatch(key) and key not in listed for key in weights.tensors)
     if theirs == own or not held:
         return None
     kind = f"se.placement={theirs[0]}, gate {theirs[1]}" if theirs[0] else "unknown"
@@ -219,4 +253,9 @@ def _check_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
             raise UserError(
                 f"The weights do not fit the model: {name} has the shape {tuple(tensor.shape)}, "
                 f"but the model needs {tuple(own[name].shape)}."
+            )
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise UserError(
+                f"The weights do not fit the model: {name} is {tensor.dtype}, "
+                f"but the model needs {own[name].dtype}."
             )

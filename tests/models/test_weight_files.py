@@ -110,7 +110,9 @@ def test_a_checkpoint_by_gatl_brings_its_se(tmp_path: Path) -> None:
     )
     read = read_weights(str(tmp_path / "best.ckpt"), {})
     assert read is not None
+    backbone = {"growth_rate": 4, "init_features": 8, "block_config": [2, 2]}
     assert read.card == {
+        "backbone": {"_target_": NETWORK["_target_"], **backbone},
         "se": {"placement": "block", "gate": "sigmoid"},
         "preprocessing": {"image_size": 48},
     }
@@ -169,11 +171,41 @@ def test_a_truncated_torch_file(tmp_path: Path, size: int) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(2)])
-def test_a_file_of_something_else(tmp_path: Path, content: object) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "no state dict of tensors"),
+        ({"a": 1}, "no state dict of tensors"),
+        ({1: torch.zeros(2)}, "no state dict of tensors"),
+        (torch.zeros(2), "no state dict of tensors"),
+        ({"state_dict": {"a": torch.zeros(2)}, "hyper_parameters": None}, "fit nothing"),
+        ({"state_dict": {"a": torch.zeros(2)}, "hyper_parameters": {"settings": "x"}}, "fit no"),
+        ({"a": torch.zeros(2).to_sparse()}, "no plain one"),
+        ({"a": torch.tensor([0.0, float("nan")])}, "NaN or infinity"),
+        ({**own(small()).tensors, "stem.norm.bias": torch.zeros(8, dtype=torch.int8)}, "int8"),
+    ],
+)
+def test_a_file_of_something_else(tmp_path: Path, content: object, said: str) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="holds no state dict of tensors"):
-        read_weights(str(tmp_path / "w.pt"), {})
+    with pytest.raises(UserError, match=said) as error:
+        load(small(), read_weights(str(tmp_path / "w.pt"), {}) or Weights({}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"some text\n", b"\x80\x02}q\x00(X", b"PK\x03\x04" + b"x" * 99]
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_is_no_such_file(tmp_path: Path, content: bytes, suffix: str) -> None:
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.weights=.*w\.") as error:
+        read_weights(str(tmp_path / f"w{suffix}"), {})
+    assert "\n" not in str(error.value)
+
+
+def test_the_home_of_nobody_is_no_file() -> None:
+    with pytest.raises(UserError, match=r"there is no file '~nobody-of-that-name/w\.pt'"):
+        read_weights("~nobody-of-that-name/w.pt", {})
 
 
 def test_a_file_of_another_network(tmp_path: Path) -> None:
@@ -375,6 +407,7 @@ def test_timms_weights_come_from_the_hub_once(tmp_path: Path) -> None:
     name = "mobilenetv3_small_050"
     save_file(timm.create_model(name).state_dict(), tmp_path / "model.safetensors")
     content = (tmp_path / "model.safetensors").read_bytes()
+    damage = ""
     requests: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -392,7 +425,9 @@ def test_timms_weights_come_from_the_hub_once(tmp_path: Path) -> None:
         def do_GET(self) -> None:
             self.do_HEAD()
             if self.path.endswith("model.safetensors"):
-                self.wfile.write(content)
+                sent = content[:-1] + b"x" if damage == "checksum" else content
+                self.wfile.write(sent[:1000] if damage == "cut" else sent)
+                self.close_connection = True
 
         def log_message(self, *args: object) -> None:
             """Say nothing."""
@@ -419,6 +454,13 @@ def test_timms_weights_come_from_the_hub_once(tmp_path: Path) -> None:
             check=True,
         ).stdout
 
+    refused = r"model\.weights=imagenet cannot be had \(.*\): give .*PATH\.\n"
+    for damage in ("checksum", "cut"):  # the handler looks at it
+        said = read("home")
+        assert re.fullmatch(refused, said)
+        assert ("invalid hash value" in said) == (damage == "checksum")
+    damage = ""
+    requests.clear()
     expected = load_file(tmp_path / "model.safetensors")
     first = read("home").split()
     assert int(first[0]) == len(expected) - 2  # without the classifier
@@ -427,6 +469,4 @@ def test_timms_weights_come_from_the_hub_once(tmp_path: Path) -> None:
     server.server_close()
     assert sum(line.startswith("GET") and "safetensors" in line for line in requests) == 1
     assert read("home").split() == first  # from the cache, for nobody answers any more
-    assert re.fullmatch(
-        r"model\.weights=imagenet cannot be had \(.*\): give .*PATH\.\n", read("empty")
-    )
+    assert re.fullmatch(refused, read("empty"))

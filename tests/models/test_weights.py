@@ -13,7 +13,8 @@ from torchvision.models.densenet import DenseNet
 from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
 from gatl.models.se_densenet import se_densenet
-from gatl.models.weights import Weights, describe_se, differences, load
+from gatl.models.timm_network import timm_network
+from gatl.models.weights import Weights, describe_se, differences, load, require_backbone
 
 BLOCKS = (6, 12, 24, 16)
 
@@ -296,3 +297,25 @@ def test_differences_of_preprocessing_are_told() -> None:
         "pretrained with image_size 64, used with 32"
     ]
     assert differences({"preprocessing": seen}, seen) == differences({}, used) == []
+
+
+def test_a_card_that_names_another_backbone_is_an_error() -> None:
+    network = {"_target_": "a.b", "growth_rate": 12, "se_placement": "block", "se_init": "kaiming"}
+    card = {"backbone": {"_target_": "a.b", "growth_rate": 12}}
+    require_backbone(card, network)
+    require_backbone({}, network)
+    with pytest.raises(UserError, match="its growth_rate is 12, the model's is 16"):
+        require_backbone(card, network | {"growth_rate": 16})
+    tagged = {"backbone": {"_target_": "t", "name": "resnet50"}}
+    require_backbone(tagged, {"_target_": "t", "name": "resnet50.a1_in1k"})
+    with pytest.raises(UserError, match="its name is resnet50, the model's is seresnet50"):
+        require_backbone(tagged, {"_target_": "t", "name": "seresnet50"})
+
+
+def test_se_of_a_librarys_network_is_not_dropped() -> None:
+    """timm calls SE as gatl does; only gatl's own may be left out."""
+    with_se, without = (timm_network(8, 2, 0.0, name=name) for name in ("seresnet18", "resnet18"))
+    with pytest.raises(UserError, match=r"no place for layers\.0\.se\.fc1"):
+        load(without, Weights(with_se.state_dict()))
+    mobile = timm_network(3, 2, 0.0, name="mobilenetv3_small_050")
+    assert load(mobile, Weights(mobile.state_dict())).notes == ()
