@@ -232,8 +232,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
             parsed += parser.parse_overrides([line])
         except HydraException as error:
             raise UserError(
-                f"{line!r} is no override: write KEY=VALUE; a value with brackets, commas, quotes "
-                "or = needs quotes of its own, as in 'data.root=\"photos (1)\"'."
+                f"{line!r} is no override: write KEY=VALUE; a value with blanks, brackets, "
+                "commas, quotes or = needs quotes, as in 'data.root=\"my photos (1)\"'."
             ) from error
         if not parsed[-1].key_or_group:
             raise UserError(f"{line!r} is no override: write KEY=VALUE.")

@@ -188,8 +188,12 @@ def load_pretrained(config: Config, network: LayeredNetwork) -> LoadReport | Non
     weights = read_weights(config.model.weights, config.model.sources)
     if weights is None:
         return None
-    require_backbone(weights.card, config.model.network)
-    report = load(network, weights)
+    try:
+        require_backbone(weights.card, config.model.network)
+        report = load(network, weights)
+    except UserError as error:
+        model, spec = config.model.name, config.model.weights
+        raise UserError(f"model.weights={spec} with model={model}: {error}") from error
     notes = differences(weights.card, config.preprocessing)
     return replace(report, notes=(*report.notes, *notes))
 

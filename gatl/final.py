@@ -63,7 +63,14 @@ from gatl.evaluation import (
 from gatl.outcome import Outcome
 from gatl.progress import format_count, format_genes, format_loss, new_console
 from gatl.ranking import best_distinct, incumbent
-from gatl.record import JOURNAL, SECONDS, History, original_folder, outcome_of
+from gatl.record import (
+    JOURNAL,
+    SECONDS,
+    History,
+    original_folder,
+    outcome_of,
+    resume_command,
+)
 from gatl.session import Session, opened
 from gatl.streams import Purpose
 
@@ -136,6 +143,8 @@ def finish(session: Session) -> float:
     n_tests = _result(folder).get("tests", 0) + 1  # of this run, this one included
     record = session.study.get_trials(deepcopy=False)
     best = incumbent(record)
+    if not any(trial.state.is_finished() for trial in record):
+        raise UserError(f"No trial of {folder} has ended yet: {resume_command(folder)}")
     if best is None or best.value is None:
         raise UserError(
             f"No trial of {folder} completed, so there is no best one: see the column error of "

@@ -68,7 +68,7 @@ from gatl.evaluation import resolve_precision, silence
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import CARD_KEY, read_safetensors
 from gatl.models.weights import backbone_of, describe_se, load
-from gatl.progress import format_duration
+from gatl.progress import format_count, format_duration
 from gatl.record import held
 from gatl.streams import Purpose, generator
 
@@ -540,7 +540,7 @@ def _train(
     console.print(
         f"Pretraining {config.model.name} ({module.network.n_parameters:,} parameters) on "
         f"{config.data.name}: {len(data.classes)} classes, {len(data.train)} images of "
-        f"{data.image_size} px, {config.trainer.max_epochs} epochs, {precision}, "
+        f"{data.image_size} px, {format_count(config.trainer.max_epochs, 'epoch')}, {precision}, "
         f"{torch.get_num_threads()} threads -> {folder}",
         soft_wrap=True,
     )
@@ -713,7 +713,8 @@ def describe(card: Mapping[str, Any]) -> str:
     recipe = ", ".join(f"{key} {value}" for key, value in card["recipe"].items())
     rows = {
         "Backbone": f"{card['model']}, {card['layers']} layers, {card['parameters']:,} parameters",
-        "Squeeze-and-Excitation": f"placement {card['se']['placement']}, gate {card['se']['gate']}",
+        "Squeeze-and-Excitation": f"placement {card['se']['placement']}"
+        + (f", gate {card['se']['gate']}" if card["se"]["gate"] else ""),
         "Trained on": f"{data['name']}: {data['classes']} classes, {data['images']:,} images",
         "Test accuracy": f"{test['accuracy']:.2%} of {test['images']:,} images "
         f"(loss {test['loss']:.4f}), measured with the weights as written, the classifier that "

@@ -59,7 +59,7 @@ MESSAGES = {
     ("seed=1", "ga.pop"): f"'ga.pop' {NO_OVERRIDE}; a value",
     ("=",): f"'=' {NO_OVERRIDE}.",
     ("ga.pop=(",): f"'ga.pop=(' {NO_OVERRIDE}; a value",
-    ("data.root=a(b)",): f"'data.root=a(b)' {NO_OVERRIDE}; a value with brackets, commas",
+    ("data.root=a(b)",): f"'data.root=a(b)' {NO_OVERRIDE}; a value with blanks, brackets",
 }
 
 

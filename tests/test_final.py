@@ -457,10 +457,16 @@ def test_any_other_error_is_one_line_and_a_file(tmp_path, data, monkeypatch, err
     assert not (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize("losses", [(), (None, None)])
-def test_without_a_complete_trial_there_is_nothing_to_train(tmp_path, data, losses):
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ((), "has ended yet: python -m gatl resume="),
+        ((None, None), "completed, so there is no best one"),
+    ],
+)
+def test_without_a_complete_trial_there_is_nothing_to_train(tmp_path, data, losses, said):
     session = session_in(tmp_path, data, losses=losses)
-    with pytest.raises(UserError, match="completed, so there is no best one") as error:
+    with pytest.raises(UserError, match=said) as error:
         finish(session)
     assert "\n" not in str(error.value)
     assert session.evaluator.fits == []

@@ -60,7 +60,6 @@ def read_weights(spec: str, sources: Mapping[str, Any]) -> Weights | None:
 @functools.lru_cache(maxsize=1)  # every fit of a process starts from the same weights
 def _read(spec: str, sources_json: str) -> Weights:
     sources: dict[str, dict[str, Any]] = json.loads(sources_json)
-    choices = ", ".join(["none", *sources])
     if (source := sources.get(spec)) is not None:
         arguments = {key: value for key, value in source.items() if key != "_target_"}
         try:
@@ -69,9 +68,12 @@ def _read(spec: str, sources_json: str) -> Weights:
             raise
         except Exception as error:  # networks, disks and files have many ways to fail
             others = [word for word in ("none", *sources, "PATH") if word != spec]
+            choices = [f"model.weights={word}" for word in others]
+            if "bundled" not in sources:
+                choices.append("model=se_densenet121_k12, whose weights are here")
             raise UserError(
                 f"model.weights={spec} cannot be had ({_first_line(error)}): give "
-                + " or ".join(f"model.weights={word}" for word in others)
+                + " or ".join(choices)
                 + "."
             ) from error
     try:
@@ -80,7 +82,7 @@ def _read(spec: str, sources_json: str) -> Weights:
         path = Path(spec)
     if not path.is_file():
         raise UserError(
-            f"model.weights must be {choices} or a file, but there is no file {str(path)!r}."
+            f"model.weights must be {', '.join(['none', *sources])} or a file, but there is no file {str(path)!r}."
         )
     try:
         return _sound(
