@@ -82,7 +82,8 @@ def _read(spec: str, sources_json: str) -> Weights:
         path = Path(spec)
     if not path.is_file():
         raise UserError(
-            f"model.weights must be {', '.join(['none', *sources])} or a file, but there is no file {str(path)!r}."
+            f"model.weights must be {', '.join(['none', *sources])} or a file, "
+            f"but there is no file {str(path)!r}."
         )
     try:
         return _sound(
