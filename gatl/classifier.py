@@ -98,6 +98,7 @@ class Classifier(lightning.LightningModule):
         self.val_accuracy = MulticlassAccuracy(len(classes), average="micro")
         self.val_f1 = MulticlassF1Score(len(classes), average="macro")
         self.train_loss = WeightedMean()
+        self.behind_prefix = False  # whether training and validation hand over boundary tensors
         self.epochs: list[dict[str, float]] = []  # the metrics of each finished epoch
 
     def forward(self, images: Tensor) -> Tensor:
@@ -117,6 +118,8 @@ class Classifier(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Give a linear probe the statistics of the features that it stands on."""
+        if self.behind_prefix:
+            return  # the pooled vectors were computed with them
         with self.trainer.precision_plugin.forward_context():
             self.network.fit_neck_statistics(
                 self.trainer.datamodule.plain_train_images(self.device)  # type: ignore[attr-defined]
@@ -124,9 +127,9 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy of a batch, weighted over the whole split."""
-        images, labels = batch
+        x, labels = batch
         losses = F.cross_entropy(
-            self(images),
+            self._logits(x),
             labels,
             reduction="none",
             label_smoothing=self.genes.get("label_smoothing", 0.0),
@@ -140,8 +143,8 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the metrics of the validation split."""
-        images, labels = batch
-        logits = self(images)
+        x, labels = batch
+        logits = self._logits(x)
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.val_loss.update(losses, self._weights(labels))
         self.val_accuracy.update(logits, labels)
@@ -178,6 +181,11 @@ class Classifier(lightning.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Keep the logits (B, n_classes) of a batch, in the order of the test split."""
         self.test_logits.append(self(batch[0]).float().cpu())
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Return logits (B, n_classes) for images, or for boundary tensors behind the prefix."""
+        logits: Tensor = self.network.suffix(x) if self.behind_prefix else self(x)
+        return logits
 
     def _weights(self, labels: Tensor) -> Tensor:
         """Return what each image counts (B,), for its label (B,)."""

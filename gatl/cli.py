@@ -38,7 +38,7 @@ from gatl.chromosome import KNOWN_GENES
 from gatl.config import resolving
 from gatl.errors import UserError
 
-CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final")
+CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final", "cache")
 _LITERAL = re.compile(
     r"""
     (?P<key>[^=~]+)=
@@ -265,7 +265,7 @@ def compose_resumed(folder: Path, overrides: Sequence[str]) -> DictConfig:
 
     Args:
         folder: The run folder; its ``.hydra/config.yaml`` is the base.
-        overrides: Changes to the groups budget, evaluator, logger and final.
+        overrides: Changes to the groups budget, evaluator, logger, final and cache.
 
     Returns:
         The composed configuration, unchecked.

@@ -31,6 +31,7 @@ GROUPS = (
     "logger",
     "budget",
     "final",
+    "cache",
 )
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 SE_CHOICES = {"placement": ("block", "layer", "none"), "init": ("identity", "kaiming")}
@@ -305,6 +306,18 @@ class FinalConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """What may be kept of the frozen layers' work while a run lasts."""
+
+    max_gb: float | None
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.max_gb is not None:
+            _require_range("cache.max_gb", self.max_gb, 0)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that one run is told."""
 
@@ -320,6 +333,7 @@ class Config:
     logger: dict[str, Any]
     budget: BudgetConfig
     final: FinalConfig
+    cache: CacheConfig
 
     def __post_init__(self) -> None:
         """Check what spans several groups."""
@@ -524,4 +538,5 @@ def checked(composed: DictConfig) -> Config:
         logger=OmegaConf.to_container(cfg.logger),  # type: ignore[arg-type]
         budget=_section(BudgetConfig, cfg.budget, "budget"),
         final=_section(FinalConfig, cfg.final, "final"),
+        cache=_section(CacheConfig, cfg.cache, "cache"),
     )

@@ -33,6 +33,7 @@ from gatl.config import Config, TrainerConfig
 from gatl.data.images import PreparedData
 from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
+from gatl.features import CachedPrefix, cached_prefix
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
 from gatl.models.weights import LoadReport, differences, load, require_backbone
@@ -66,12 +67,12 @@ class StopOnRequest(Callback):
     def __init__(self, stop: Event) -> None:
         self._stop = stop
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def check(self, *args: Any, **kwargs: Any) -> None:
         """Look at the event."""
         if self._stop.is_set():
             raise FitStopped
 
-    on_validation_batch_end = on_train_batch_end
+    on_train_batch_end = on_validation_batch_end = check
 
 
 class SeededEpochs(Callback):
@@ -211,6 +212,29 @@ def build_data(config: Config, data: PreparedData, seed: int) -> ImageData:
     )
 
 
+def build_cache(
+    config: Config,
+    data: PreparedData,
+    classifier: Classifier,
+    report: LoadReport | None,
+    stopper: StopOnRequest,
+) -> list[CachedPrefix]:
+    """Build what lets a fit start behind its frozen prefix; nothing where that cannot be."""
+    settings = {
+        "network": config.model.network,
+        "preprocessing": config.preprocessing,
+        "precision": resolve_precision(config.trainer),
+    }
+    return cached_prefix(
+        data,
+        classifier,
+        report,
+        augment=config.data.augment,
+        settings=settings,
+        check=stopper.check,
+    )
+
+
 def build_trainer(
     config: Config, epochs: int, folder: Path, callbacks: list[Callback], device: int, **more: Any
 ) -> lightning.Trainer:
@@ -270,12 +294,17 @@ class Fitter:
         classifier: Classifier | None = None
         try:
             torch.manual_seed(fit.seed)
-            classifier, _ = build_classifier(self._config, self._data, fit.genes)
+            classifier, report = build_classifier(self._config, self._data, fit.genes)
+            stopper = StopOnRequest(self._stop)
             trainer = build_trainer(
                 self._config,
                 fit.epochs,
                 fit.folder,
-                [SeededEpochs(fit.seed), StopOnRequest(self._stop)],
+                [
+                    SeededEpochs(fit.seed),
+                    stopper,
+                    *build_cache(self._config, self._data, classifier, report, stopper),
+                ],
                 self._device,
                 enable_checkpointing=False,
             )

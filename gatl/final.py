@@ -53,6 +53,7 @@ from gatl.evaluation import (
     FitStopped,
     SeededEpochs,
     StopOnRequest,
+    build_cache,
     build_classifier,
     build_data,
     build_trainer,
@@ -86,7 +87,7 @@ the best chromosomes again, retrains the winner and tests it.
 
   python -m gatl.final run=outputs/DATE/TIME [KEY=VALUE ...]
 
-The overrides may change budget, evaluator, logger and final, for example
+The overrides may change budget, evaluator, logger, final and cache, for example
 final.top_k, final.seeds, final.max_epochs, final.patience, evaluator.workers."""
 
 _PACKAGES = ("gatl", "torch", "torchvision", "lightning", "optuna", "hydra-core", "numpy")
@@ -373,9 +374,11 @@ def retrain(
             f"Retraining the winner ({format_genes(genes)}) for up to "
             f"{format_count(config.final.max_epochs, 'epoch')}{begun} ..."
         )
+        stopper = StopOnRequest(session.stop)  # type: ignore[arg-type]  # it needs is_set alone
         callbacks: list[Callback] = [
             SeededEpochs(seed),
-            StopOnRequest(session.stop),  # type: ignore[arg-type]  # it needs is_set alone
+            stopper,
+            *build_cache(config, session.data, classifier, report, stopper),
             EarlyStopping("val_loss", patience=config.final.patience),
             ModelCheckpoint(
                 folder,

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,9 @@ from gatl.evaluation import (
     resolve_precision,
     silence,
 )
+from gatl.features import why_off
 from gatl.models.layered import LayeredNetwork
+from gatl.models.weights import LoadReport
 from gatl.progress import decoding
 from gatl.record import held, open_study
 from gatl.strategies.base import Strategy
@@ -84,10 +86,11 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     strategy = _build_strategy(config)
     evaluator_class = _evaluator_class(config)
     report = load_pretrained(config, _largest_network(config))
-    images = folder / ".images"
+    images, features = folder / ".images", folder / ".features"
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
-            shutil.rmtree(images, ignore_errors=True)  # of a run that was killed
+            for scratch in (images, features):  # of a run that was killed
+                shutil.rmtree(scratch, ignore_errors=True)
             source = instantiate(config.data.source)
             images.mkdir()
             with decoding(console) as progress:
@@ -104,6 +107,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             for line in data.skipped[:5]:
                 console.print(f"  left out: {line}", soft_wrap=True)
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
+            data = _with_features(config, data, report, features, console)
             study = open_study(folder, strategy)
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = evaluator_class(config, data, cut)
@@ -120,7 +124,24 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                     cut.set()
                     evaluator.close(now=now)
         finally:
-            shutil.rmtree(images, ignore_errors=True)
+            for scratch in (images, features):
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _with_features(
+    config: Config, data: PreparedData, report: LoadReport | None, folder: Path, console: Console
+) -> PreparedData:
+    """Say where the fits keep what crosses the boundary of frozen layers, if they can."""
+    freezes = any(g.name == "frozen_layers" and g.high > 0 for g in config.space.genes)
+    if not freezes or config.cache.max_gb == 0:
+        return data
+    if (reason := why_off(config.data.augment, data, report)) is not None:
+        console.print(f"Feature cache: off ({reason})")
+        return data
+    folder.mkdir()
+    free = shutil.disk_usage(folder).free
+    share = free // 4 if config.cache.max_gb is None else int(config.cache.max_gb * 10**9)
+    return replace(data, features=folder.resolve(), features_bytes=share)
 
 
 def _build_strategy(config: Config) -> Strategy:

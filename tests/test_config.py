@@ -109,6 +109,9 @@ RANGES = {
     "evaluator.threads=1025": "in [1, 1024]",
     "logger._target_=null": "the dotted name of a class or function",
     "search._target_=null": "the dotted name of a class or function",
+    "cache.max_gb=-1": "at least 0",
+    "cache.max_gb=much": "a number or null",
+    "cache=0": "a group of settings",
     "budget.trials=0": "at least 1",
     "budget.trials=few": "a whole number or null",
     "budget.time=0": TIME,
@@ -167,7 +170,7 @@ MESSAGES = {
     ("~final.seeds",): "final.seeds is required: give final.seeds=VALUE.",
     ("+sed=1",): (
         "sed is no setting; there are seed, data, model, space, search, ga, trainer, evaluator, "
-        "logger, budget, final."
+        "logger, budget, final, cache."
     ),
     ("+ga.size=1",): (
         "ga.size is no setting: ga has pop, generations, tournament_size, crossover_prob, "
@@ -406,6 +409,7 @@ KEYS = [
     "budget.time",
     "budget.trials",
     "final.seeds",
+    "cache.max_gb",
     "experiment",
     "resume",
     "foo",

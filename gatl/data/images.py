@@ -5,6 +5,7 @@ that any number of fits share one copy. Images that are too many for that are
 streamed: see `fits_in_memory`. Nothing here imports torch until a batch is made.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -99,13 +100,27 @@ class Streamed:
             return _channels_last(np.stack(list(pool.map(decode, chosen))))
 
 
+class Images(Protocol):
+    """What batches are gathered from."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def batch(self, indices: npt.NDArray[np.integer]) -> "torch.Tensor":
+        """Gather images by their indices (B,)."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedSplit:
-    """The images of a split, ready for batches, with their labels (N,) and N names."""
+    """The images of a split, ready for batches, with their labels (N,) and N names.
 
-    images: Decoded | Streamed
+    The digest is the SHA-256 of the decoded pixels; empty if they are streamed.
+    """
+
+    images: Images
     labels: Labels
     names: tuple[str, ...]
+    digest: str = ""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -123,6 +138,9 @@ class PreparedData:
         test: The test split.
         image_size: S, the side of the images in pixels.
         skipped: A line for each image that could not be decoded and is left out.
+        features: The folder where the boundary tensors of frozen prefixes are kept,
+            see `gatl.features`; None: none are.
+        features_bytes: What they may take there.
     """
 
     classes: tuple[str, ...]
@@ -131,6 +149,8 @@ class PreparedData:
     test: PreparedSplit
     image_size: int
     skipped: tuple[str, ...]
+    features: Path | None = None
+    features_bytes: int = 0
 
 
 def fits_in_memory(n_images: int, image_size: int, folder: Path) -> bool:
@@ -171,9 +191,8 @@ def decode_split(
     if stream:
         bad = _decode_each(split.images, decode, None, progress)
         split = split.subset(_kept(split, bad)) if bad else split
-        images: Decoded | Streamed = Streamed(
-            _spilled(split.images, path), image_size, interpolation
-        )
+        images: Images = Streamed(_spilled(split.images, path), image_size, interpolation)
+        digest = ""
     else:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             array = _new_file(Path(folder, "all.npy"), len(split), image_size)
@@ -188,7 +207,9 @@ def decode_split(
             array.flush()
             Path(str(array.filename)).replace(path)
         images = Decoded(path)
-    return PreparedSplit(images, split.labels, tuple(split.names)), bad
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return PreparedSplit(images, split.labels, tuple(split.names), digest), bad
 
 
 def prepare(

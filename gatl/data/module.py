@@ -5,6 +5,7 @@ a quarter of what float32 takes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import lightning
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gatl.data.images import PreparedData, PreparedSplit
+from gatl.data.images import Images, PreparedData, PreparedSplit
 from gatl.data.source import Labels
 from gatl.streams import Purpose, generator
 
@@ -121,10 +122,28 @@ class ImageData(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
+        self.augment = augment
         self._augment = augmentation(augment)
+        self._boundary_dtype = torch.float32
         self._normalise = v2.Compose(
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
         )
+
+    def start_behind_prefix(self, train: Images, val: Images, dtype: torch.dtype) -> None:
+        """Hand out boundary tensors in place of training and validation images.
+
+        Args:
+            train: Of the training images; with ``augment=flip`` a batch is (2, B, ...):
+                of the images, and of the mirrored images.
+            val: Of the validation images.
+            dtype: Of the boundary tensors.
+        """
+        self.prepared = replace(
+            self.prepared,
+            train=replace(self.prepared.train, images=train),
+            val=replace(self.prepared.val, images=val),
+        )
+        self._boundary_dtype = dtype
 
     def train_dataloader(self) -> ShuffledBatches:
         """The training split, shuffled; each call starts at epoch 0."""
@@ -146,23 +165,31 @@ class ImageData(lightning.LightningDataModule):
             yield self.normalise(images.to(device))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augment in training, normalise always, on the device.
+        """Augment in training, normalise images always, on the device.
 
         Args:
-            batch: uint8 images (B, 3, S, S) and labels (B,).
+            batch: uint8 images (B, 3, S, S), or boundary tensors of any floating-point
+                type, and labels (B,).
             dataloader_idx: Lightning's; of no meaning here.
 
         Returns:
-            Images in the trainer's floating-point type, and the labels.
+            Images in the trainer's floating-point type, or boundary tensors (B, ...) in
+            theirs; and the labels.
         """
         images, labels = batch
+        if images.dtype != torch.uint8:
+            if self.trainer and self.trainer.training and self.augment == "flip":
+                images = _pick_mirrored(*images)
+            return images.to(self._boundary_dtype), labels  # Lightning converted them
         if self.trainer and self.trainer.training:
             images = self._augment(images)
+        return self.prepare(images), labels
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Turn uint8 images (B, 3, S, S) into what the network takes in this fit."""
         images = self.normalise(images)
-        # Lightning converts batches to its precision before this hook, when they were bytes.
-        return (
-            self.trainer.precision_plugin.convert_input(images) if self.trainer else images
-        ), labels
+        # Lightning converts batches to its precision before its hook, when they were bytes.
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 images (B, 3, S, S) into float32: ``(images / 255 - mean) / std``."""
@@ -192,8 +219,19 @@ def _same(images: Tensor) -> Tensor:
 
 
 def _flip(images: Tensor) -> Tensor:
-    flipped = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(flipped, v2.functional.horizontal_flip(images), images)
+    return torch.where(_draw_flips(images), v2.functional.horizontal_flip(images), images)
+
+
+def _draw_flips(images: Tensor) -> Tensor:
+    """Draw which of B images are mirrored; returns (B, 1, 1, 1)."""
+    return torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+
+
+def _pick_mirrored(plain: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror as `_flip` does, by the same draw, what is there in both variants, (B, ...)."""
+    flipped = _draw_flips(plain).reshape(-1, *[1] * (plain.ndim - 1))
+    picked = torch.where(flipped, mirrored, plain)
+    return picked.contiguous(memory_format=torch.channels_last) if picked.ndim == 4 else picked
 
 
 def _crop_flip(images: Tensor) -> Tensor:

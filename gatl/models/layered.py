@@ -82,29 +82,31 @@ class LayeredNetwork(nn.Module):
             raise ValueError(f"0 <= n_frozen <= {len(self.layers)} must hold, but got {n_frozen}.")
         self.n_frozen = n_frozen
         self.requires_grad_(True)
-        for module in self._frozen():
+        for module in self.frozen():
             module.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of everything but the frozen prefix, which stays in eval mode."""
         super().train(mode)
-        for module in self._frozen():
+        for module in self.frozen():
             module.eval()
         return self
 
-    def prefix(self, x: Tensor) -> Tensor:
-        """Apply what is frozen.
+    def prefix(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Apply what is frozen, or a part of it.
 
         Args:
-            x: Images (B, 3, H, W), normalised.
+            x: Images (B, 3, H, W), normalised; or what frozen module `start - 1` returns.
+            start: The first of the frozen modules to apply.
+            stop: The one to stop at; None applies all.
 
         Returns:
             What crosses the boundary: `x` itself if nothing is frozen, the
             pooled vectors (B, n_features) if all layers are, and otherwise
             what the last frozen layer returns.
         """
-        for module in self._frozen():
+        for module in self.frozen()[start:stop]:
             x = module(x)
         return x
 
@@ -119,8 +121,14 @@ class LayeredNetwork(nn.Module):
         """Map images (B, 3, H, W) to logits (B, K)."""
         return self.suffix(self.prefix(x))
 
+    @property
+    def needs_neck_statistics(self) -> bool:
+        """Whether `fit_neck_statistics` has something to do: a probe whose BN is new."""
+        probe = self.n_frozen == len(self.layers)
+        return probe and not self.fixed_neck and bool(self._neck_norms())
+
     @torch.no_grad()
-    def fit_neck_statistics(self, batches: Iterable[Tensor]) -> None:
+    def fit_neck_statistics(self, batches: Iterable[Tensor], start: int = 0) -> None:
         """Give a linear probe's BN its statistics, so that pooled vectors are fixed.
 
         A BN in the neck that brought no pretrained statistics gets the exact
@@ -131,14 +139,14 @@ class LayeredNetwork(nn.Module):
         Args:
             batches: Images (B, 3, H, W), normalised, on the network's device;
                 each image of the training split once, in batches of any size.
+            start: The first frozen module that they have not passed yet, see `prefix`.
 
         Raises:
             ValueError: If there are no batches.
         """
-        norms = [m for m in self.neck.modules() if isinstance(m, nn.BatchNorm2d)]
-        if not norms or self.fixed_neck or self.n_frozen < len(self.layers):
+        if not self.needs_neck_statistics:
             return
-        norm = norms[0]
+        norm = self._neck_norms()[0]
         norm.reset_parameters()
         sums: list[Tensor] = []  # per batch: count, sum, sum of squares, each (C,)
 
@@ -151,7 +159,7 @@ class LayeredNetwork(nn.Module):
         hook = norm.register_forward_pre_hook(record)
         try:
             for batch in batches:
-                self.prefix(batch)
+                self.prefix(batch, start)
         finally:
             hook.remove()
         if not sums:
@@ -167,8 +175,12 @@ class LayeredNetwork(nn.Module):
         probe = self.n_frozen == len(self.layers)
         return 1 + self.n_frozen + probe if self.n_frozen else 0
 
-    def _frozen(self) -> list[nn.Module]:
+    def frozen(self) -> list[nn.Module]:
+        """Return the frozen modules in order: stem, layers, and a linear probe's neck."""
         return [self.stem, *self.layers, self.neck][: self._n_fixed]
+
+    def _neck_norms(self) -> list[nn.BatchNorm2d]:
+        return [m for m in self.neck.modules() if isinstance(m, nn.BatchNorm2d)]
 
     def _trained(self) -> list[nn.Module]:
         return [self.stem, *self.layers, self.neck][self._n_fixed :]
