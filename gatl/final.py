@@ -144,14 +144,14 @@ def finish(session: Session) -> float:
     n_tests = _result(folder).get("tests", 0) + 1  # of this run, this one included
     record = session.study.get_trials(deepcopy=False)
     best = incumbent(record)
-    if not any(trial.state.is_finished() for trial in record):
+    ended = [trial for trial in record if trial.state.is_finished()]
+    if not ended:
         raise UserError(f"No trial of {folder} has ended yet: {resume_command(folder)}")
     if best is None or best.value is None:
         raise UserError(
             f"No trial of {folder} completed, so there is no best one: see the column error of "
             "history.csv."
         )
-    ended = [trial for trial in record if trial.state.is_finished()]
     if (made := made_before(folder, session.config, len(ended))) is not None:
         console.print(made, soft_wrap=True)
         return best.value

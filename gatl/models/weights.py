@@ -167,9 +167,7 @@ def backbone_of(network: Mapping[str, Any]) -> dict[str, Any]:
     chosen = ("se_placement", "se_init", "dropout_at")
     backbone = {key: value for key, value in network.items() if key not in chosen}
     if isinstance(name := backbone.get("name"), str):
-        backbone["name"] = name.partition(".")[
-            0
-        ]  # timm's tag says which weights, not which network
+        backbone["name"] = name.partition(".")[0]  # a tag of timm's says which weights
     return backbone
 
 
@@ -239,7 +237,7 @@ def _se_mismatch(network: LayeredNetwork, weights: Weights) -> str | None:
     held = any(_SE.fullmatch(key) and key not in listed for key in weights.tensors)
     if theirs == own or not held:
         return None
-    kind = f"se.placement={theirs[0]}, gate {theirs[1]}" if theirs[0] else "unknown"
+    kind = _say_se(theirs) if theirs[0] else "unknown"
     return f"SE not loaded: the weights' is {kind}, the model's {_say_se(own)}"
 
 
