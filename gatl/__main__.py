@@ -104,6 +104,7 @@ def _ahead(config: Config, n_images: int, n_workers: int) -> list[str]:
     from gatl.progress import format_count
 
     epochs = format_count(config.trainer.max_epochs, "epoch")
+    epochs = f"up to {epochs}" if config.rungs else epochs
     limit = "" if config.budget.time is None else f", for at most {config.budget.time}"
     lines = [
         f"Ahead: {format_count(config.n_trials, 'trial')} of {epochs} over "

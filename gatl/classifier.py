@@ -174,6 +174,13 @@ class Classifier(lightning.LightningModule):
         """Take the learning curve up again."""
         self.epochs = checkpoint.get("epochs", [])
 
+    def on_train_start(self) -> None:
+        """Log the epochs that a checkpoint brought, since loggers begin anew."""
+        for epoch, metrics in enumerate(self.epochs):
+            step = (epoch + 1) * int(self.trainer.num_training_batches) - 1
+            for logger in self.loggers:
+                logger.log_metrics(metrics | {"epoch": epoch}, step)
+
     def on_test_start(self) -> None:
         """Forget the logits of an earlier test."""
         self.test_logits: list[Tensor] = []

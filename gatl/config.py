@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gatl.chromosome import KNOWN_GENES, Gene, SearchSpace
 from gatl.errors import UserError
+from gatl.halving import rungs
 
 PRECISIONS = ("auto", "32", "bf16-mixed", "16-mixed")
 GROUPS = (
@@ -271,6 +272,19 @@ class EvaluatorConfig:
 
 
 @dataclass(frozen=True)
+class PrunerConfig:
+    """Successive halving: when the worse fits of a generation are stopped."""
+
+    min_epochs: int
+    reduction_factor: int
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require_range("pruner.min_epochs", self.min_epochs, 1)
+        _require_range("pruner.reduction_factor", self.reduction_factor, 2)
+
+
+@dataclass(frozen=True)
 class BudgetConfig:
     """What stops a search."""
 
@@ -334,6 +348,7 @@ class Config:
     budget: BudgetConfig
     final: FinalConfig
     cache: CacheConfig
+    pruner: PrunerConfig | None = None  # None: every fit runs to its end
 
     def __post_init__(self) -> None:
         """Check what spans several groups."""
@@ -345,6 +360,11 @@ class Config:
                 f"data.image_size must be at least {self.model.min_image_size} for "
                 f"model={self.model.name}, but got {self.data.image_size}."
             )
+        if self.pruner is not None:
+            below = self.trainer.max_epochs  # one epoch leaves nothing to stop, and that is all
+            allowed = f"below trainer.max_epochs={below}, or 1"
+            epochs = self.pruner.min_epochs
+            _require(epochs < below or epochs == 1, "pruner.min_epochs", epochs, allowed)
         if len(self.initial) > self.ga.pop:
             raise UserError(
                 f"search.initial must have at most ga.pop={self.ga.pop} chromosomes, "
@@ -367,6 +387,13 @@ class Config:
             "mean": list(self.model.mean),
             "std": list(self.model.std),
         }
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The epochs at which the worse fits of a generation are stopped."""
+        if self.pruner is None:
+            return ()
+        return rungs(self.pruner.min_epochs, self.pruner.reduction_factor, self.trainer.max_epochs)
 
     @property
     def n_trials(self) -> int:
@@ -501,8 +528,8 @@ def checked(composed: DictConfig) -> Config:
         if key not in cfg:
             raise UserError(f"{key} is required: give {key}=VALUE.")
     for name in map(str, cfg):
-        if name not in ("seed", "resume", *GROUPS):
-            raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}.")
+        if name not in ("seed", "resume", *GROUPS, "pruner"):
+            raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}, pruner.")
     with resolving():
         _fill_elites(cfg.ga)
         OmegaConf.resolve(cfg)
@@ -539,4 +566,5 @@ def checked(composed: DictConfig) -> Config:
         budget=_section(BudgetConfig, cfg.budget, "budget"),
         final=_section(FinalConfig, cfg.final, "final"),
         cache=_section(CacheConfig, cfg.cache, "cache"),
+        pruner=_section(PrunerConfig, cfg.pruner, "pruner") if cfg.get("pruner") else None,
     )

@@ -46,6 +46,8 @@ from gatl.streams import Purpose, generator
 PROCESS_BYTES = 2**30
 TRAINING_BYTES_PER_PIXEL = 3072
 VALIDATION_BYTES_PER_PIXEL = 320
+CHECKPOINT = "rung.ckpt"
+"""In the folder of a fit that waits at a rung."""
 EVAL_BATCH_SIZE = 128
 """Validation or test images a batch; nothing that is measured depends on it."""
 
@@ -96,15 +98,17 @@ class Fit:
 
     Attributes:
         genes: The chromosome by name.
-        epochs: The fidelity.
+        epochs: The fidelity, or the rung up to which it goes.
         seed: Of its weights, order, augmentation and dropout; see `fit_seed`.
-        folder: Where its logs go.
+        folder: Where its logs go. If `CHECKPOINT` lies there, it goes on from that.
+        goes_on: Whether to leave such a checkpoint.
     """
 
     genes: Mapping[str, float]
     epochs: int
     seed: int
     folder: Path
+    goes_on: bool = False
 
 
 def fit_seed(seed: int, purpose: Purpose, genes: Mapping[str, float], index: int = 0) -> int:
@@ -292,6 +296,7 @@ class Fitter:
         """
         started = time.monotonic()
         classifier: Classifier | None = None
+        checkpoint = fit.folder / CHECKPOINT
         try:
             torch.manual_seed(fit.seed)
             classifier, report = build_classifier(self._config, self._data, fit.genes)
@@ -308,7 +313,16 @@ class Fitter:
                 self._device,
                 enable_checkpointing=False,
             )
-            trainer.fit(classifier, datamodule=build_data(self._config, self._data, fit.seed))
+            trainer.fit(
+                classifier,
+                datamodule=build_data(self._config, self._data, fit.seed),
+                ckpt_path=checkpoint if checkpoint.is_file() else None,
+                weights_only=True,
+            )
+            if fit.goes_on:
+                part = checkpoint.with_suffix(".part")
+                trainer.save_checkpoint(part)
+                part.replace(checkpoint)
             best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
             outcome = Outcome(val_loss=best["val_loss"], val_accuracy=best["val_accuracy"])
         except UserError:

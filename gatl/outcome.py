@@ -25,6 +25,7 @@ class Outcome:
         diverged: Whether it failed because a loss was not finite. Such a result
             is as final as a loss; other failures may pass.
         stopped: Whether the fit was cut off on request; it has no result then.
+        pruned: Whether it was stopped at a rung; what it has is of the epochs up to there.
         reused_from: The number of the trial whose result this is, if it was not
             evaluated again.
     """
@@ -38,6 +39,7 @@ class Outcome:
     error: str | None = None
     diverged: bool = False
     stopped: bool = False
+    pruned: bool = False
     reused_from: int | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class View:
         self._deadline = time.monotonic() + seconds
         self._live = Live(console=console, auto_refresh=False) if _is_live(console) else None
         self._running: dict[int, tuple[Mapping[str, float], float]] = {}
+        self._waiting: set[int] = set()  # at a rung
         self._recent: deque[FrozenTrial] = deque(maxlen=ROWS)
         self._losses: dict[int, list[float]] = {}  # by generation
         self._open: dict[int, int] = {}  # by generation: trials that have not ended
@@ -171,11 +172,22 @@ class View:
 
     def started(self, number: int, genes: Mapping[str, float]) -> None:
         """Show that a fit runs."""
+        self._waiting.discard(number)
         self._running[number] = genes, time.monotonic()
+
+    def paused(self, number: int, genes: Mapping[str, float], outcome: Outcome) -> None:
+        """Show that a fit has come to a rung, where it waits for the others."""
+        self._running.pop(number, None)
+        self._waiting.add(number)
+        if self._live is None:
+            done = f"after {format_count(outcome.epochs, 'epoch')}"
+            parts = (f"trial {number}", format_genes(genes), f"{self._result(outcome)} {done}")
+            self._print(" · ".join(parts))
 
     def ended(self, trial: FrozenTrial) -> None:
         """Show a trial's result."""
         self._running.pop(trial.number, None)
+        self._waiting.discard(trial.number)
         self._count(trial)
         outcome = outcome_of(trial)
         if self._live is None:
@@ -221,11 +233,9 @@ class View:
     def _line(self, trial: FrozenTrial, outcome: Outcome) -> str:
         """Write a trial in one line."""
         group = self._generation(trial.number)
-        if outcome.val_loss is None:
-            result = f"failed: {outcome.error}"
-        else:
-            result = f"val_loss {format_loss(outcome.val_loss)}"
-            result += f", accuracy {outcome.val_accuracy or 0:.1%}"
+        result = self._result(outcome)
+        if outcome.pruned:
+            result = f"stopped after {format_count(outcome.epochs, 'epoch')}: {result}"
         if outcome.reused_from is not None:
             result += f" (as trial {outcome.reused_from})"
         parts = [
@@ -237,6 +247,12 @@ class View:
             *self._time_left(),
         ]
         return " · ".join(parts)
+
+    @staticmethod
+    def _result(outcome: Outcome) -> str:
+        if outcome.val_loss is None:
+            return f"failed: {outcome.error}"
+        return f"val_loss {format_loss(outcome.val_loss)}, accuracy {outcome.val_accuracy or 0:.1%}"
 
     def _summary(self, trial: FrozenTrial) -> str | None:
         """Sum a generation up when its last trial has ended."""
@@ -273,8 +289,10 @@ class View:
             spent = format_duration(outcome.duration_s)
             if outcome.reused_from is not None:
                 spent = f"= {outcome.reused_from}"
+            elif outcome.pruned:
+                spent = f"{outcome.epochs} ep"
             best = self._best is not None and trial.number == self._best.number
-            style = "green" if best else ""
+            style = "green" if best else "dim" if outcome.pruned else ""
             self._add(table, trial.number, trial.params, (loss, accuracy, spent), style)
         for number, (params, since) in running:
             spent = format_duration(time.monotonic() - since)
@@ -297,8 +315,12 @@ class View:
 
     def _status(self) -> list[str]:
         """The lines below the table: where the search stands."""
-        running = f"{len(self._running)} running"
-        done = [f"{self._n_ended} of {self._n_trials} trials done", running, *self._time_left()]
+        done = [
+            f"{self._n_ended} of {self._n_trials} trials done",
+            f"{len(self._running)} running",
+            *([f"{len(self._waiting)} waiting at a rung"] if self._waiting else []),
+            *self._time_left(),
+        ]
         lines = [" · ".join(done)]
         if self._losses:
             group = max(self._losses)

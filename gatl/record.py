@@ -111,18 +111,29 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Stu
         raise UserError(f"{journal} is damaged: {error}; restore it from a copy.") from error
 
 
+def reach(study: optuna.Study, number: int, outcome: Outcome) -> None:
+    """Record what a trial, which goes on RUNNING, has at a rung."""
+    trial = study.get_trials(deepcopy=False)[number]
+    assert outcome.val_loss is not None
+    # The attribute last: of a trial that has it, the loss at the rung is known.
+    study._storage.set_trial_intermediate_value(trial._trial_id, outcome.epochs, outcome.val_loss)
+    study._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.to_json())
+
+
 def tell(study: optuna.Study, number: int, outcome: Outcome) -> FrozenTrial:
-    """End a trial in the study: COMPLETE with its val_loss, or FAIL with its reason."""
+    """End a trial in the study: COMPLETE with its val_loss, PRUNED, or FAIL with its reason."""
     trial = study.get_trials(deepcopy=False)[number]
     # The attribute first: a kill between the two leaves the trial RUNNING, to be evaluated again.
     study._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.to_json())
     if outcome.val_loss is None:
         return study.tell(number, state=TrialState.FAIL)
+    if outcome.pruned:
+        return study.tell(number, state=TrialState.PRUNED)
     return study.tell(number, outcome.val_loss)
 
 
 def outcome_of(trial: FrozenTrial) -> Outcome:
-    """Return the recorded outcome of a trial that has ended."""
+    """Return the recorded outcome of a trial that has ended, or has reached a rung."""
     return Outcome(**trial.user_attrs.get(OUTCOME, {}))
 
 

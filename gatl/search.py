@@ -16,10 +16,11 @@ from optuna.trial import FrozenTrial, TrialState
 from gatl.chromosome import Chromosome, Value
 from gatl.config import Config
 from gatl.errors import UserError
-from gatl.evaluation import Evaluator, Fit, fit_seed
+from gatl.evaluation import CHECKPOINT, Evaluator, Fit, fit_seed
+from gatl.halving import survivors
 from gatl.outcome import Outcome
 from gatl.progress import View
-from gatl.record import SECONDS, History, outcome_of, resume_command, tell
+from gatl.record import SECONDS, History, outcome_of, reach, resume_command, tell
 from gatl.strategies.base import Strategy
 from gatl.streams import Purpose
 
@@ -72,8 +73,11 @@ class Search:
         self._history = History(folder, config.space.names)
         self._queue: deque[int] = deque()  # asked for, not yet evaluated
         self._chromosomes: dict[int, Chromosome] = {}  # of the trials that have not ended
-        self._running: dict[Chromosome, int] = {}
+        self._begun: dict[Chromosome, int] = {}  # being evaluated, at a rung perhaps
+        self._running: set[int] = set()
+        self._reached: dict[int, Outcome] = {}  # the last rung of trials that have not ended
         self._known: dict[Chromosome, int] = {}  # evaluated: the first trial with that result
+        self._pruned: dict[tuple[Chromosome, int | None], int] = {}  # the same, by generation
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
         self._any_complete = False  # in this session: the first fit always finishes
         self._failures = 0
@@ -97,13 +101,14 @@ class Search:
                 self._cut.set()
             else:
                 self._ask()
+                self._halve()
                 self._start()
             if self._running:
                 for number, outcome in self._evaluator.wait(_TICK):
                     self._end(number, outcome)
                 self._view.tick()
-            elif interrupted or late or not (self._queue or self._askable):
-                break  # otherwise all were known already
+            elif interrupted or late or not (self._chromosomes or self._askable):
+                break  # otherwise all were known already, or wait at a rung
         self._study.set_user_attr(SECONDS, self.seconds)
         if interrupted:
             return Ending.INTERRUPTED
@@ -137,14 +142,49 @@ class Search:
             self._enqueue(self._trials[asked.number])
 
     def _enqueue(self, trial: FrozenTrial) -> None:
-        """Put a trial in the queue; if asking for it was cut off, ask for the rest."""
+        """Put a trial in the queue, or where it waited; if asking was cut off, ask for the rest."""
         if len(trial.params) < len(self._space.names):
             again = optuna.Trial(self._study, trial._trial_id)
             for name, distribution in self._strategy.distributions().items():
                 again._suggest(name, distribution)
             trial = self._trials[trial.number]
-        self._chromosomes[trial.number] = self._space.from_dict(trial.params)
-        self._queue.append(trial.number)
+        chromosome = self._space.from_dict(trial.params)
+        self._chromosomes[trial.number] = chromosome
+        if (outcome := outcome_of(trial)).epochs in self._config.rungs:
+            self._begun[chromosome] = trial.number
+            self._reached[trial.number] = outcome
+        else:
+            self._queue.append(trial.number)
+
+    def _halve(self) -> None:
+        """Let the best go on from a rung, once every fit of the generation has come there.
+
+        The unfinished trials are of one generation, since the next waits for its end.
+        """
+        waiting = sorted(self._reached.keys() - self._running - set(self._queue))
+        if not waiting:
+            return
+        rung = min(self._reached[number].epochs for number in waiting)
+        for number, chromosome in self._chromosomes.items():
+            runs = self._begun.get(chromosome, number) == number  # else it gets another's result
+            if runs and (number not in self._reached or self._reached[number].epochs < rung):
+                return
+        assert self._config.pruner is not None
+        generation = self._strategy.generation(waiting[0])
+        losses = {
+            trial.number: trial.intermediate_values[rung]
+            for trial in self._trials
+            if rung in trial.intermediate_values
+            and self._strategy.generation(trial.number) == generation
+        }
+        best = survivors(losses, self._config.pruner.reduction_factor)
+        for number in waiting:
+            if self._reached[number].epochs > rung:
+                continue
+            if number in best:
+                self._queue.append(number)
+            else:
+                self._tell(number, replace(self._reached[number], pruned=True))
 
     def _start(self) -> None:
         """Give queued trials to free workers; of equal ones the lowest number runs."""
@@ -152,20 +192,28 @@ class Search:
             if not self._evaluator.n_free:
                 break
             chromosome = self._chromosomes[number]
-            if chromosome in self._known:
+            if (source := self._source(number, chromosome)) is not None:
                 self._queue.remove(number)
-                self._reuse(number, self._known[chromosome])
-            elif chromosome not in self._running:
+                self._reuse(number, source)
+            elif self._begun.setdefault(chromosome, number) == number:
                 self._queue.remove(number)
-                self._running[chromosome] = number
+                self._running.add(number)
                 self._submit(number, self._space.to_dict(chromosome))
 
     def _submit(self, number: int, genes: Mapping[str, Value]) -> None:
-        folder = self._folder / "trials" / str(number)
-        shutil.rmtree(folder, ignore_errors=True)  # of a fit that was cut off
+        folder = self._fit_folder(number)
+        reached = self._reached[number].epochs if number in self._reached else 0
+        if not reached:
+            shutil.rmtree(folder, ignore_errors=True)  # of a fit that was cut off
+        ends = (*self._config.rungs, self._config.trainer.max_epochs)
+        epochs = next(end for end in ends if end > reached)
         seed = fit_seed(self._config.seed, Purpose.FIT, genes)
-        self._evaluator.submit(number, Fit(genes, self._config.trainer.max_epochs, seed, folder))
+        fit = Fit(genes, epochs, seed, folder, goes_on=epochs in self._config.rungs)
+        self._evaluator.submit(number, fit)
         self._view.started(number, genes)
+
+    def _fit_folder(self, number: int) -> Path:
+        return self._folder / "trials" / str(number)
 
     def _reuse(self, number: int, source: int) -> None:
         """Tell a trial the result of an equal chromosome."""
@@ -174,16 +222,24 @@ class Search:
 
     def _end(self, number: int, outcome: Outcome) -> None:
         """Take the outcome of a fit."""
-        del self._running[self._chromosomes[number]]
+        self._running.remove(number)
         if outcome.stopped:
             self._queue.appendleft(number)
+            return
+        if number in self._reached:
+            spent = self._reached[number].duration_s + outcome.duration_s
+            outcome = replace(outcome, duration_s=spent)
+        if outcome.error is None and outcome.epochs in self._config.rungs:
+            reach(self._study, number, outcome)
+            self._reached[number] = outcome
+            self._view.paused(number, self._space.to_dict(self._chromosomes[number]), outcome)
             return
         self._tell(number, outcome)
         self._any_complete |= outcome.error is None
         if self._failures >= MAX_FAILURES:
             raise UserError(
                 f"{MAX_FAILURES} trials in a row failed; the last, {number}: {outcome.error} "
-                f"(see {self._folder / 'trials' / str(number) / 'error.txt'}). When that is "
+                f"(see {self._fit_folder(number) / 'error.txt'}). When that is "
                 f"mended, go on with: {resume_command(self._folder)}"
             )
 
@@ -192,16 +248,31 @@ class Search:
         self._study.set_user_attr(SECONDS, self.seconds)  # now, for a run that is killed
         if not outcome.diverged:
             self._failures = 0 if outcome.error is None else self._failures + 1
-        del self._chromosomes[number]
+        self._begun.pop(self._chromosomes.pop(number), None)
+        self._reached.pop(number, None)
         trials = self._trials
         self._learn(trials[number])
         self._publish(trials)
         self._view.ended(trials[number])
 
     def _learn(self, trial: FrozenTrial) -> None:
-        """Remember a result that counts for every equal chromosome."""
+        """Remember a result that counts for equal chromosomes; its fit will not go on."""
+        if self._config.rungs:
+            (self._fit_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
+        chromosome = self._space.from_dict(trial.params)
         if trial.state is TrialState.COMPLETE or outcome_of(trial).diverged:
-            self._known.setdefault(self._space.from_dict(trial.params), trial.number)
+            self._known.setdefault(chromosome, trial.number)
+        elif trial.state is TrialState.PRUNED:
+            generation = self._strategy.generation(trial.number)
+            self._pruned.setdefault((chromosome, generation), trial.number)
+
+    def _source(self, number: int, chromosome: Chromosome) -> int | None:
+        """Return the trial whose result is a trial's, if there is one.
+
+        A pruned one is it in its own generation alone: against others it may go further.
+        """
+        in_generation = (chromosome, self._strategy.generation(number))
+        return self._known.get(chromosome, self._pruned.get(in_generation))
 
     def _publish(self, trials: list[FrozenTrial]) -> None:
         while self._n_leading < len(trials) and trials[self._n_leading].state.is_finished():

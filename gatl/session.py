@@ -151,6 +151,11 @@ def _build_strategy(config: Config) -> Strategy:
         strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
     except (InstantiationException, TypeError, ValueError) as error:
         raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
+    if config.pruner is not None and strategy.generation(0) is None:
+        raise UserError(
+            f"pruner=successive_halving compares the fits of a generation, and "
+            f"{type(strategy).__name__} has none: use search=genetic, or pruner=none."
+        )
     return strategy
 
 

@@ -109,6 +109,10 @@ RANGES = {
     "evaluator.threads=1025": "in [1, 1024]",
     "logger._target_=null": "the dotted name of a class or function",
     "search._target_=null": "the dotted name of a class or function",
+    "pruner.min_epochs=0": "at least 1",
+    "pruner.min_epochs=3": "below trainer.max_epochs=3, or 1",
+    "pruner.reduction_factor=1": "at least 2",
+    "pruner.reduction_factor=2.5": WHOLE,
     "cache.max_gb=-1": "at least 0",
     "cache.max_gb=much": "a number or null",
     "cache=0": "a group of settings",
@@ -170,7 +174,7 @@ MESSAGES = {
     ("~final.seeds",): "final.seeds is required: give final.seeds=VALUE.",
     ("+sed=1",): (
         "sed is no setting; there are seed, data, model, space, search, ga, trainer, evaluator, "
-        "logger, budget, final, cache."
+        "logger, budget, final, cache, pruner."
     ),
     ("+ga.size=1",): (
         "ga.size is no setting: ga has pop, generations, tournament_size, crossover_prob, "
@@ -337,6 +341,15 @@ def test_an_initial_gene_outside_a_narrowed_range_is_left_to_the_strategy():
     cfg = config("space.dropout.high=0.3", "space.included_layers.value=3")
     assert cfg.initial[0]["dropout"] == 0.5
     assert config("search.initial=[{included_layers: 58.0}]").initial
+
+
+def test_rungs_follow_from_pruner_and_epochs():
+    assert config("trainer.max_epochs=9").rungs == (1, 2, 4, 8)
+    assert config("trainer.max_epochs=9", "pruner.reduction_factor=3").rungs == (1, 3)
+    assert config("trainer.max_epochs=9", "pruner.min_epochs=5").rungs == (5,)
+    assert config("trainer.max_epochs=1").rungs == ()
+    assert config("pruner=none").rungs == ()
+    assert config("experiment=original").rungs == ()
 
 
 def test_experiments_and_presets():

@@ -192,6 +192,32 @@ def test_longer_fit_continues_a_shorter_one(config, data, stop, tmp_path):
     assert metrics(4)[:3] == metrics(2)
 
 
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+@pytest.mark.parametrize("augment", ["crop_flip", "none"])
+def test_fit_that_waits_at_rungs_is_the_one_that_never_stopped(
+    data, stop, tmp_path, augment, logger
+):
+    fitter = Fitter(configure(f"data.augment={augment}", f"logger={logger}"), data, stop)
+    expected = fitter(fit(tmp_path / "whole", epochs=4))
+    parts = [
+        fitter(dataclasses.replace(fit(tmp_path / "parts", epochs=n), goes_on=n < 4))
+        for n in (1, 2, 4)
+    ]
+    assert [part.epochs for part in parts] == [1, 2, 4]
+    assert same(parts[-1]) == same(expected)
+    assert parts[0].val_loss >= parts[1].val_loss >= parts[2].val_loss
+    if logger == "csv":
+        logs = [(tmp_path / folder / "metrics.csv").read_text() for folder in ("whole", "parts")]
+        assert logs[0] == logs[1]
+
+
+def test_checkpoint_that_is_already_there_is_not_trained_again(fitter, tmp_path):
+    """The driver was killed before it had recorded the rung."""
+    waiting = dataclasses.replace(fit(tmp_path / "fit", epochs=2), goes_on=True)
+    assert same(fitter(waiting)) == same(fitter(waiting))
+    assert same(fitter(fit(tmp_path / "fit", epochs=3))) == same(fitter(fit(tmp_path, epochs=3)))
+
+
 def test_frozen_and_total_parameters(fitter, tmp_path):
     outcome = fitter(fit(tmp_path / "0", {**GENES, "frozen_layers": 3}))
     n_features = (8 + 4 + 4) // 2 + 4  # stem, two layers, transition, a layer

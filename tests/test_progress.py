@@ -48,6 +48,12 @@ def trial(number, loss=0.5, *, genes=FOUR, **outcome):
     return made
 
 
+def pruned(number, loss, epochs):
+    made = trial(number, loss, pruned=True, epochs=epochs)
+    made.state = TrialState.PRUNED
+    return made
+
+
 def by_four(number):
     return number // 4
 
@@ -262,3 +268,35 @@ def test_numbers_are_short():
     assert [format_duration(x) for x in (0.4, 89.4, 90, 5399, 5400, 360000)] == [
         *("0.4 s", "89 s", "2 min", "90 min", "1.5 h", "100.0 h")
     ]
+
+
+def test_plain_output_shows_rungs_and_who_is_stopped_there():
+    view, out = plain()
+    with view:
+        for number in range(3):
+            view.started(number, GENES)
+            reached = Outcome(1.0 + number, val_accuracy=0.5, epochs=1)
+            view.paused(number, {"included_layers": 58, "dropout": 0.5}, reached)
+        view.ended(pruned(2, 3.0, epochs=1))
+    lines = out.getvalue().splitlines()
+    assert lines[1] == (
+        "trial 1 · included 58, dropout 0.50 · val_loss 2.0000, accuracy 50.0% after 1 epoch"
+    )
+    assert "[1/8] trial 2" in lines[3]
+    assert "stopped after 1 epoch: val_loss 3.0000" in lines[3]
+    assert "best so far" not in out.getvalue()
+
+
+def test_live_table_counts_who_waits_at_a_rung_and_marks_who_was_stopped():
+    view = View(terminal(), 8, 2, by_four)
+    for number in range(3):
+        view.started(number, GENES)
+        view.paused(number, GENES, Outcome(1.0, val_accuracy=0.5, epochs=2))
+    assert screen(view)[-1] == "0 of 8 trials done · 0 running · 3 waiting at a rung"
+    view.started(0, GENES)
+    view.ended(pruned(1, 1.25, epochs=2))
+    lines = screen(view)
+    assert next(line for line in lines if line.lstrip().startswith("1 ")).endswith(
+        "1.2500 25.0% 2 ep"
+    )
+    assert "1 of 8 trials done · 1 running · 1 waiting at a rung" in lines[-1]

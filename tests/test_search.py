@@ -9,6 +9,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -20,13 +21,13 @@ from optuna.trial import TrialState
 from gatl.cli import compose
 from gatl.config import checked
 from gatl.errors import UserError
-from gatl.evaluation import Fit, fit_seed
+from gatl.evaluation import CHECKPOINT, Fit, fit_seed
 from gatl.outcome import Outcome
 from gatl.record import open_study, outcome_of
 from gatl.search import Ending, Search
 from gatl.streams import Purpose
 
-OVERRIDES = ("ga.pop=6", "ga.generations=4", "ga.n_elites=2")
+OVERRIDES = ("ga.pop=6", "ga.generations=4", "ga.n_elites=2", "pruner=none")
 NARROW = (  # six chromosomes in all, so most trials are duplicates
     "space.included_layers={low: 1, high: 3}",
     "space.frozen_layers={low: 0, high: 1}",
@@ -57,6 +58,28 @@ def loss_of(fit: Fit) -> float:
     """Return a loss in (0, 1) that depends on the fit's genes and seed alone."""
     text = json.dumps([sorted(fit.genes.items()), fit.seed, fit.epochs])
     return (int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) + 1) / 2**33
+
+
+HALVING = (
+    "pruner=successive_halving",
+    "pruner.reduction_factor=3",
+    "trainer.max_epochs=9",
+)  # rungs at 1 and 3 epochs
+
+
+def learning(fit: Fit) -> Outcome:
+    """Let the lowest loss of a fit fall from rung to rung, by chance."""
+    losses = [loss_of(replace(fit, epochs=epochs)) for epochs in (1, 3, 9)]
+    loss = min(losses[: 1 + (1, 3, 9).index(fit.epochs)])
+    return Outcome(loss, val_accuracy=0.5, epochs=fit.epochs, duration_s=1.0)
+
+
+def learning_mixed(fit: Fit) -> Outcome:
+    """Let some chromosomes diverge or fail, at any rung."""
+    kind = int(loss_of(fit) * 2**20) % 12
+    if kind == 0:
+        return Outcome(error="diverged: val_loss is nan", diverged=True, epochs=fit.epochs - 1)
+    return Outcome(error="OSError: a bad day") if kind == 1 else learning(fit)
 
 
 def plain(fit: Fit) -> Outcome:
@@ -106,8 +129,15 @@ class FakeEvaluator:
 class Spy:
     """A view that remembers, and at some point does something."""
 
-    def __init__(self, after: int | None = None, action: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        after: int | None = None,
+        action: Callable[[], None] = lambda: None,
+        after_pauses: int | None = None,
+    ):
         self.told: list[int] = []
+        self.paused_at: list[tuple[int, int]] = []
+        self._after_pauses = after_pauses
         self.resumed_with: list[int] = []
         self._after, self._action = after, action
 
@@ -116,6 +146,11 @@ class Spy:
 
     def started(self, number, genes):
         pass
+
+    def paused(self, number, genes, outcome):
+        self.paused_at.append((number, outcome.epochs))
+        if len(self.paused_at) == self._after_pauses:
+            self._action()
 
     def ended(self, trial):
         self.told.append(trial.number)
@@ -510,3 +545,133 @@ def test_the_driver_reads_the_record_a_few_times_a_trial(tmp_path, monkeypatch):
     n_trials = len(run.trials)
     assert next(reads) < 12 * n_trials
     assert next(looked_at) < 5 * n_trials
+
+
+HALVED = [(*HALVING, "ga.pop=7"), (*HALVING, *NARROW, "ga.pop=7")]
+
+
+@pytest.mark.parametrize("overrides", HALVED, ids=["wide", "narrow"])
+@pytest.mark.parametrize("evaluate", [learning, learning_mixed])
+def test_halving_does_not_depend_on_workers_or_the_order_of_completion(
+    tmp_path, evaluate, overrides
+):
+    expected = whole(tmp_path / "1", FakeEvaluator(evaluate=evaluate), overrides=overrides)
+    assert "PRUNED" in {row["state"] for row in rows(expected.history)}
+    for workers, seed in itertools.product((2, 5), range(3)):
+        evaluator = FakeEvaluator(workers, seed=seed, evaluate=evaluate)
+        run = whole(tmp_path / f"{workers}-{seed}", evaluator, overrides=overrides)
+        assert run.history == expected.history
+
+
+def test_the_best_third_of_a_generation_goes_on_from_each_rung(tmp_path):
+    run = whole(tmp_path / "run", FakeEvaluator(3, evaluate=learning), overrides=HALVED[0])
+    table = rows(run.history)
+    for generation in range(4):
+        trials = [row for row in table if row["generation"] == str(generation)]
+        fits = {int(row["number"]): fit_of(run, row) for row in trials}
+        left = sorted(fits)
+        for epochs, factor in ((1, 3), (3, 3), (9, 1)):
+            losses = {n: learning(replace(fits[n], epochs=epochs)).val_loss for n in left}
+            ranked = sorted(losses, key=losses.__getitem__)
+            go_on = ranked[: -(-len(ranked) // factor)]
+            for row in trials:
+                if (number := int(row["number"])) in left and (number not in go_on or epochs == 9):
+                    assert row["state"] == ("COMPLETE" if epochs == 9 else "PRUNED")
+                    assert row["epochs"] == str(epochs)
+                    assert float(row["val_loss"]) == losses[number]
+                    assert float(row["duration_s"]) == 1 + (1, 3, 9).index(epochs)
+            left = go_on
+        assert len(left) == 1
+
+
+def fit_of(run: Run, row: dict[str, str]) -> Fit:
+    genes = run.config.space.to_dict(
+        run.config.space.from_dict({name: float(row[name]) for name in run.config.space.names})
+    )
+    return Fit(genes, 9, fit_seed(run.config.seed, Purpose.FIT, genes), Path())
+
+
+def test_fits_leave_a_checkpoint_where_they_may_go_on_and_it_is_gone_in_the_end(tmp_path):
+    asked = []
+
+    def evaluate(fit):
+        asked.append((int(fit.folder.name), fit.epochs, fit.goes_on))
+        checkpoint = fit.folder / CHECKPOINT
+        assert checkpoint.exists() == (fit.epochs > 1)
+        fit.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.touch()
+        return learning(fit)
+
+    run = whole(tmp_path / "run", FakeEvaluator(2, evaluate=evaluate), overrides=HALVED[0])
+    for row in rows(run.history):
+        ran = [ask[1:] for ask in asked if ask[0] == int(row["number"])]
+        ends = [(1, True), (3, True), (9, False)]
+        assert ran == ends[: 1 + [1, 3, 9].index(int(row["epochs"]))]
+    assert not list((tmp_path / "run").rglob(CHECKPOINT))
+
+
+@pytest.mark.parametrize("overrides", HALVED, ids=["wide", "narrow"])
+@pytest.mark.parametrize("evaluate", [learning, learning_mixed])
+def test_killed_at_any_rung_or_end_a_halved_search_resumes_to_the_same(
+    tmp_path, evaluate, overrides
+):
+    expected = whole(tmp_path / "whole", FakeEvaluator(evaluate=evaluate), overrides=overrides)
+    ended, paused = len(expected.view.told), len(expected.view.paused_at)
+    spies = [Spy(k, kill) for k in range(1, ended)]
+    spies += [Spy(None, kill, k) for k in range(1, paused + 1)]
+    for k, spy in enumerate(spies):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        with pytest.raises(Killed):
+            Run(folder, FakeEvaluator(2, seed=k, evaluate=evaluate), spy, overrides)()
+        again = Run(folder, FakeEvaluator(3, seed=-k, evaluate=evaluate), overrides=overrides)
+        assert again() is Ending.COMPLETE
+        assert again.history == expected.history
+        assert not set(again.view.paused_at) & set(spy.paused_at)  # no rung is climbed twice
+
+
+def test_cut_anywhere_in_the_journal_a_halved_search_resumes_to_the_same(tmp_path):
+    overrides = [*HALVING, "ga.pop=4", "ga.generations=2", "ga.n_elites=1"]
+    run = whole(tmp_path / "whole", FakeEvaluator(evaluate=learning), overrides=overrides)
+    lines = (tmp_path / "whole" / "study.journal").read_bytes().splitlines(keepends=True)
+    for k in range(len(lines)):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(b"".join(lines[:k]))
+        again = Run(folder, FakeEvaluator(2, seed=k, evaluate=learning), overrides=overrides)
+        assert again() is Ending.COMPLETE
+        assert [{**row, "duration_s": ""} for row in rows(again.history)] == [
+            {**row, "duration_s": ""} for row in rows(run.history)
+        ]
+
+
+def test_an_equal_of_a_stopped_trial_is_stopped_with_it_and_runs_again_later(tmp_path):
+    overrides = [*HALVED[1], "ga.generations=12"]
+    run = whole(tmp_path / "run", FakeEvaluator(3, evaluate=learning), overrides=overrides)
+    pruned = [row for row in rows(run.history) if row["state"] == "PRUNED"]
+    reused = [row for row in pruned if row["reused_from"]]
+    assert reused
+    for row in reused:
+        source = rows(run.history)[int(row["reused_from"])]
+        same = ("generation", "state", "epochs", "val_loss", *run.config.space.names)
+        assert [row[name] for name in same] == [source[name] for name in same]
+    evaluated = [
+        tuple(row[name] for name in run.config.space.names)
+        for row in pruned
+        if not row["reused_from"]
+    ]
+    assert len(set(evaluated)) < len(evaluated)  # of another generation: against others
+
+
+def test_ctrl_c_leaves_what_waits_at_a_rung_for_resume(tmp_path):
+    expected = whole(tmp_path / "whole", FakeEvaluator(evaluate=learning), overrides=HALVED[0])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    run = Run(folder, FakeEvaluator(3, evaluate=learning), None, HALVED[0])
+    run.view = run.search._view = Spy(None, lambda: run.stop.set(), 4)
+    assert run() is Ending.INTERRUPTED
+    assert [trial.state for trial in run.trials] == [TrialState.RUNNING] * 7
+    again = Run(folder, FakeEvaluator(evaluate=learning), overrides=HALVED[0])
+    assert again() is Ending.COMPLETE
+    assert again.history == expected.history
+    assert not set(again.view.paused_at) & set(run.view.paused_at)
