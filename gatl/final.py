@@ -66,11 +66,11 @@ from gatl.progress import format_count, format_genes, format_loss, new_console
 from gatl.ranking import best_distinct, incumbent
 from gatl.record import (
     JOURNAL,
-    SECONDS,
     History,
     original_folder,
     outcome_of,
     resume_command,
+    seconds_of,
 )
 from gatl.session import Session, opened
 from gatl.streams import Purpose
@@ -170,7 +170,7 @@ def finish(session: Session) -> float:
             f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
             f"When that is mended, go on with: {final_command(folder)}"
         ) from error
-    seconds = session.study.user_attrs.get(SECONDS, 0.0) + time.monotonic() - started
+    seconds = seconds_of(session.study) + time.monotonic() - started
     result = {
         "best": {
             "genes": winner.genes,

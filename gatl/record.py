@@ -11,22 +11,24 @@ import io
 import itertools
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import optuna
 from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from gatl.chromosome import Value
 from gatl.errors import UserError
 from gatl.outcome import Outcome, fitness
 
 JOURNAL = "study.journal"
 HISTORY = "history.csv"
 OUTCOME = "outcome"  # the trial's user attribute
-SECONDS = "seconds"  # the study's user attribute
+SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 
 
 @contextlib.contextmanager
@@ -111,30 +113,73 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Stu
         raise UserError(f"{journal} is damaged: {error}; restore it from a copy.") from error
 
 
-def reach(study: optuna.Study, number: int, outcome: Outcome) -> None:
-    """Record what a trial, which goes on RUNNING, has at a rung."""
-    trial = study.get_trials(deepcopy=False)[number]
+# Each write to the journal waits for the disk, and reading all trials takes the longer the more
+# there are. So a trial costs three writes: its beginning, genes included, its outcome, its state;
+# and what follows finds it by its number alone.
+
+
+def begin(
+    study: optuna.Study, genes: Mapping[str, Value], distributions: Mapping[str, BaseDistribution]
+) -> FrozenTrial:
+    """Record a trial, RUNNING, as `Study.ask` would; a kill leaves all of it or nothing."""
+    trial = optuna.trial.create_trial(
+        state=TrialState.RUNNING, params=dict(genes), distributions=dict(distributions)
+    )
+    return study._storage.get_trial(study._storage.create_new_trial(study._study_id, trial))
+
+
+def reach(study: optuna.Study, number: int, outcome: Outcome, seconds: float = 0.0) -> FrozenTrial:
+    """Record what a trial, which goes on RUNNING, has at a rung; see `tell`."""
+    trial = _trial_id(study, number)
     assert outcome.val_loss is not None
     # The attribute last: of a trial that has it, the loss at the rung is known.
-    study._storage.set_trial_intermediate_value(trial._trial_id, outcome.epochs, outcome.val_loss)
-    study._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.to_json())
+    study._storage.set_trial_intermediate_value(trial, outcome.epochs, outcome.val_loss)
+    study._storage.set_trial_user_attr(trial, OUTCOME, outcome.to_json() | {SECONDS: seconds})
+    return study._storage.get_trial(trial)
 
 
-def tell(study: optuna.Study, number: int, outcome: Outcome) -> FrozenTrial:
-    """End a trial in the study: COMPLETE with its val_loss, PRUNED, or FAIL with its reason."""
-    trial = study.get_trials(deepcopy=False)[number]
+def tell(study: optuna.Study, number: int, outcome: Outcome, seconds: float = 0.0) -> FrozenTrial:
+    """End a trial in the study: COMPLETE with its val_loss, PRUNED, or FAIL with its reason.
+
+    Args:
+        study: The study.
+        number: The trial's number.
+        outcome: Of its fit.
+        seconds: That the search has taken up to now, see `seconds_of`.
+
+    Returns:
+        The trial.
+    """
+    trial = _trial_id(study, number)
     # The attribute first: a kill between the two leaves the trial RUNNING, to be evaluated again.
-    study._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.to_json())
+    study._storage.set_trial_user_attr(trial, OUTCOME, outcome.to_json() | {SECONDS: seconds})
     if outcome.val_loss is None:
-        return study.tell(number, state=TrialState.FAIL)
-    if outcome.pruned:
-        return study.tell(number, state=TrialState.PRUNED)
-    return study.tell(number, outcome.val_loss)
+        study.tell(number, state=TrialState.FAIL)
+    elif outcome.pruned:
+        study.tell(number, state=TrialState.PRUNED)
+    else:
+        study.tell(number, outcome.val_loss)
+    return study._storage.get_trial(trial)
+
+
+def _trial_id(study: optuna.Study, number: int) -> int:
+    """Return a trial's key in the storage."""
+    return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
 
 
 def outcome_of(trial: FrozenTrial) -> Outcome:
     """Return the recorded outcome of a trial that has ended, or has reached a rung."""
-    return Outcome(**trial.user_attrs.get(OUTCOME, {}))
+    recorded = trial.user_attrs.get(OUTCOME, {})
+    return Outcome(**{name: value for name, value in recorded.items() if name != SECONDS})
+
+
+def seconds_of(study: optuna.Study) -> float:
+    """Return the seconds that a search has taken, all sessions together, up to its last result.
+
+    The study knows them at the end of a session; of one that was killed, its trials do.
+    """
+    outcomes = (trial.user_attrs.get(OUTCOME, {}) for trial in study.get_trials(deepcopy=False))
+    return max(float(known.get(SECONDS, 0.0)) for known in (study.user_attrs, *outcomes))
 
 
 def any_complete(folder: Path) -> bool:
@@ -185,7 +230,7 @@ class History:
             trials: All trials of the study, by number.
             generation: From a number to the generation, where the strategy has any.
         """
-        new = list(itertools.islice(trials, self._rows, None))
+        new = trials[self._rows :]
         ended = list(itertools.takewhile(lambda trial: trial.state.is_finished(), new))
         self._end = self._write(self._row(trial, generation(trial.number)) for trial in ended)
         self._rows += len(ended)

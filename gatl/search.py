@@ -20,7 +20,16 @@ from gatl.evaluation import CHECKPOINT, Evaluator, Fit, fit_seed
 from gatl.halving import survivors
 from gatl.outcome import Outcome
 from gatl.progress import View
-from gatl.record import SECONDS, History, outcome_of, reach, resume_command, tell
+from gatl.record import (
+    SECONDS,
+    History,
+    begin,
+    outcome_of,
+    reach,
+    resume_command,
+    seconds_of,
+    tell,
+)
 from gatl.strategies.base import Strategy
 from gatl.streams import Purpose
 
@@ -70,7 +79,9 @@ class Search:
         self._evaluator, self._folder, self._view = evaluator, folder, view
         self._stop, self._cut = stop, cut
         self._space = config.space
+        self._distributions = strategy.distributions()
         self._history = History(folder, config.space.names)
+        self._trials: list[FrozenTrial] = []  # the record, by number: nobody else writes it
         self._queue: deque[int] = deque()  # asked for, not yet evaluated
         self._chromosomes: dict[int, Chromosome] = {}  # of the trials that have not ended
         self._begun: dict[Chromosome, int] = {}  # being evaluated, at a rung perhaps
@@ -91,7 +102,7 @@ class Search:
         Raises:
             UserError: If no fit can work, or too many in a row failed.
         """
-        self._since = time.monotonic() - float(self._study.user_attrs.get(SECONDS, 0.0))
+        self._since = time.monotonic() - seconds_of(self._study)
         deadline = time.monotonic() + self._config.budget.seconds
         self._take_up()
         while True:
@@ -120,34 +131,37 @@ class Search:
         """Seconds that the search has taken, those of earlier sessions included."""
         return time.monotonic() - self._since
 
-    @property
-    def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
-
     def _take_up(self) -> None:
         """Go on from the record: known results, and trials that were cut off."""
-        trials = self._trials
-        for trial in trials:
+        self._trials = self._study.get_trials(deepcopy=False)
+        for trial in self._trials:
             if trial.state.is_finished():
                 self._learn(trial)
             elif trial.number < self._config.n_trials:  # the budget may have shrunk
-                self._enqueue(trial)
-        self._publish(trials)
-        self._view.resumed(trials)
+                self._enqueue(self._whole(trial))
+        self._publish()
+        self._view.resumed(self._trials)
+
+    def _whole(self, trial: FrozenTrial) -> FrozenTrial:
+        """Return a trial with all of its genes; if asking was cut off, ask for the rest."""
+        if len(trial.params) < len(self._space.names):
+            again = optuna.Trial(self._study, trial._trial_id)
+            for name, distribution in self._distributions.items():
+                again._suggest(name, distribution)
+            trial = self._trials[trial.number] = self._study._storage.get_trial(trial._trial_id)
+        return trial
 
     def _ask(self) -> None:
         """Ask for every trial whose horizon has been reached, a generation as a whole."""
         while self._askable:
-            asked = self._study.ask(self._strategy.distributions())
-            self._enqueue(self._trials[asked.number])
+            number = len(self._trials)
+            record = self._trials[: self._strategy.horizon(number)]
+            genes = self._space.to_dict(self._strategy.propose(number, record))
+            self._trials.append(begin(self._study, genes, self._distributions))
+            self._enqueue(self._trials[number])
 
     def _enqueue(self, trial: FrozenTrial) -> None:
-        """Put a trial in the queue, or where it waited; if asking was cut off, ask for the rest."""
-        if len(trial.params) < len(self._space.names):
-            again = optuna.Trial(self._study, trial._trial_id)
-            for name, distribution in self._strategy.distributions().items():
-                again._suggest(name, distribution)
-            trial = self._trials[trial.number]
+        """Put a trial in the queue, or where it waited."""
         chromosome = self._space.from_dict(trial.params)
         self._chromosomes[trial.number] = chromosome
         if (outcome := outcome_of(trial)).epochs in self._config.rungs:
@@ -173,7 +187,7 @@ class Search:
         generation = self._strategy.generation(waiting[0])
         losses = {
             trial.number: trial.intermediate_values[rung]
-            for trial in self._trials
+            for trial in self._trials[self._strategy.horizon(waiting[0]) :]  # before its generation
             if rung in trial.intermediate_values
             and self._strategy.generation(trial.number) == generation
         }
@@ -230,7 +244,7 @@ class Search:
             spent = self._reached[number].duration_s + outcome.duration_s
             outcome = replace(outcome, duration_s=spent)
         if outcome.error is None and outcome.epochs in self._config.rungs:
-            reach(self._study, number, outcome)
+            self._trials[number] = reach(self._study, number, outcome, self.seconds)
             self._reached[number] = outcome
             self._view.paused(number, self._space.to_dict(self._chromosomes[number]), outcome)
             return
@@ -244,16 +258,14 @@ class Search:
             )
 
     def _tell(self, number: int, outcome: Outcome) -> None:
-        tell(self._study, number, outcome)
-        self._study.set_user_attr(SECONDS, self.seconds)  # now, for a run that is killed
+        trial = self._trials[number] = tell(self._study, number, outcome, self.seconds)
         if not outcome.diverged:
             self._failures = 0 if outcome.error is None else self._failures + 1
         self._begun.pop(self._chromosomes.pop(number), None)
         self._reached.pop(number, None)
-        trials = self._trials
-        self._learn(trials[number])
-        self._publish(trials)
-        self._view.ended(trials[number])
+        self._learn(trial)
+        self._publish()
+        self._view.ended(trial)
 
     def _learn(self, trial: FrozenTrial) -> None:
         """Remember a result that counts for equal chromosomes; its fit will not go on."""
@@ -274,7 +286,8 @@ class Search:
         in_generation = (chromosome, self._strategy.generation(number))
         return self._known.get(chromosome, self._pruned.get(in_generation))
 
-    def _publish(self, trials: list[FrozenTrial]) -> None:
+    def _publish(self) -> None:
+        trials = self._trials
         while self._n_leading < len(trials) and trials[self._n_leading].state.is_finished():
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)

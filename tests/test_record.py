@@ -9,12 +9,23 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from gatl.errors import UserError
 from gatl.outcome import Outcome
-from gatl.record import History, held, open_study, original_folder, outcome_of, resume_command, tell
+from gatl.record import (
+    History,
+    begin,
+    held,
+    open_study,
+    original_folder,
+    outcome_of,
+    reach,
+    resume_command,
+    seconds_of,
+    tell,
+)
 
 SPACE = {"learning_rate": FloatDistribution(0, 1)}
 
@@ -112,6 +123,38 @@ def test_the_outcome_is_written_before_the_state(tmp_path: Path) -> None:
     study._storage.set_trial_state_values = spy
     tell(study, 0, Outcome(val_loss=0.5))
     assert seen == [0.5]
+
+
+def test_a_trial_begins_whole_as_if_it_had_been_asked_for(tmp_path: Path) -> None:
+    space = {"included_layers": IntDistribution(1, 58), "learning_rate": SPACE["learning_rate"]}
+    study = study_in(tmp_path)
+    asked = study.ask(space)
+    n_lines = (tmp_path / "study.journal").read_bytes().count(b"\n")
+    begun = begin(study, asked.params, space)
+    assert (tmp_path / "study.journal").read_bytes().count(b"\n") == n_lines + 1
+    assert begun.number == 1
+    for trial in study_in(tmp_path).trials:
+        assert trial.state is TrialState.RUNNING
+        assert trial.params == asked.params
+        assert [type(value) for value in trial.params.values()] == [int, float]
+        assert trial.distributions == space
+        assert trial.datetime_start is not None
+
+
+def test_the_seconds_of_a_search_are_those_of_its_last_result(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    assert seconds_of(study) == 0
+    study.set_user_attr("seconds", 10.0)  # at the end of a session
+    assert seconds_of(study) == 10
+    for _ in range(2):
+        begin(study, {"learning_rate": 0.5}, SPACE)
+    reach(study, 1, Outcome(0.5, epochs=1), 12.5)
+    assert seconds_of(study_in(tmp_path)) == 12.5
+    tell(study, 0, Outcome(error="diverged", diverged=True), 14.5)
+    assert seconds_of(study_in(tmp_path)) == 14.5
+    study.set_user_attr("seconds", 20.0)
+    assert seconds_of(study) == 20
+    assert [outcome_of(trial).epochs for trial in study.trials] == [0, 1]
 
 
 def test_outcomes_come_back_as_they_were_told(tmp_path: Path) -> None:
