@@ -4,13 +4,22 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
+from rich.console import Console
+
+from gatl.config import Config
 from gatl.errors import UserError
+from gatl.evaluation import Evaluator, Fit
 from gatl.final import _hardware, _versions
+from gatl.outcome import Outcome
+from gatl.progress import View
+from gatl.search import Search
+from gatl.session import opened
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -38,6 +47,16 @@ def over_seeds(values: Sequence[float]) -> dict[str, float | int | None]:
     return {
         "mean": statistics.fmean(values) if values else None,
         "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "n": len(values),
+    }
+
+
+def over_repeats(values: Sequence[float]) -> dict[str, float | int]:
+    """Return the median, the least and the most, and n."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
         "n": len(values),
     }
 
@@ -85,3 +104,35 @@ def origin() -> dict[str, Any]:
         "hardware": _hardware(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def evaluated(evaluator: Evaluator, fits: Sequence[Fit]) -> Iterator[tuple[int, Outcome]]:
+    """Run fits, as many at once as the evaluator takes; yield the index of each that has ended."""
+    ahead, running = list(range(len(fits))), 0
+    while ahead or running:
+        while ahead and evaluator.n_free:
+            index = ahead.pop(0)
+            evaluator.submit(index, fits[index])
+            running += 1
+        for ended in evaluator.wait(timeout=1):
+            running -= 1
+            yield ended
+
+
+def run_search(config: Config, folder: Path, console: Console) -> list[FrozenTrial]:
+    """Search as gatl does, without a final model; go on with what the folder holds.
+
+    Returns:
+        The trials.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with opened(config, folder, console) as session:
+        n_workers, generation = session.evaluator.n_workers, session.strategy.generation
+        with View(console, config.n_trials, n_workers, generation) as view:
+            Search(
+                *(config, session.study, session.strategy, session.evaluator, folder, view),
+                *(session.stop, session.cut),
+            ).run()
+        if session.stop.is_set():
+            raise KeyboardInterrupt
+        return session.study.get_trials(deepcopy=False)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import RESULTS, options, origin, table, whole
+from common import RESULTS, options, origin, run_search, table, whole
 from rich.console import Console
 from scipy.stats import spearmanr
 
@@ -29,10 +29,7 @@ from gatl.config import checked
 from gatl.errors import UserError
 from gatl.final import _write_json
 from gatl.halving import rungs, survivors
-from gatl.progress import View
 from gatl.record import HISTORY
-from gatl.search import Search
-from gatl.session import opened
 
 DEFAULTS = {
     **{"root": "", "trials": "48", "epochs": "6", "pop": "12", "draws": "2000"},
@@ -87,18 +84,7 @@ def search(root: str, trials: int, epochs: int, folder: Path, extra: Sequence[st
             ]
         )
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    console = Console(highlight=False, markup=False)
-    with opened(config, folder, console) as session:
-        evaluator, strategy = session.evaluator, session.strategy
-        with View(console, trials, evaluator.n_workers, strategy.generation) as view:
-            run = Search(
-                *(config, session.study, strategy, evaluator, folder, view),
-                *(session.stop, session.cut),
-            )
-            run.run()
-        if session.stop.is_set():
-            raise KeyboardInterrupt
+    run_search(config, folder, Console(highlight=False, markup=False))
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-from common import RESULTS, commit, options, origin, over_seeds, table, whole, written
+from common import RESULTS, commit, evaluated, options, origin, over_seeds, table, whole, written
 from hydra.utils import instantiate
 
 from gatl.cli import compose, one_line_errors
@@ -175,18 +175,19 @@ def fit(
     """Do fits of one configuration, several at once; yield the key of each that has ended."""
     stop = multiprocessing.get_context("spawn").Event()
     evaluator = LocalEvaluator(config, data, stop)
-    keys, ahead, running = list(jobs), list(range(len(jobs))), 0
+    keys = list(jobs)
+    fits = [
+        Fit(
+            job["genes"],
+            job["epochs"],
+            fit_seed(job["seed"], Purpose.FIT, job["genes"]),
+            output / "fits" / f"{job['variant']}_{job['seed']}",
+        )
+        for job in jobs.values()
+    ]
     try:
-        while ahead or running:
-            while ahead and evaluator.n_free:
-                job = jobs[keys[ahead[0]]]
-                seed = fit_seed(job["seed"], Purpose.FIT, job["genes"])
-                logs = output / "fits" / f"{job['variant']}_{job['seed']}"
-                evaluator.submit(ahead.pop(0), Fit(job["genes"], job["epochs"], seed, logs))
-                running += 1
-            for index, outcome in evaluator.wait(timeout=1):
-                running -= 1
-                yield keys[index], outcome
+        for index, outcome in evaluated(evaluator, fits):
+            yield keys[index], outcome
     finally:
         stop.set()
         evaluator.close()

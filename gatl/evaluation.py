@@ -398,6 +398,8 @@ def _end_with_driver() -> None:
 def _start_thread(config: Config) -> None:
     silence()
     torch.set_num_threads(config.evaluator.threads)
+    gc.collect()
+    gc.freeze()  # what is there by now stays: the collection behind each fit need not look at it
 
 
 def _fit_in_worker(fit: Fit) -> Outcome:
