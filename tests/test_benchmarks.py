@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from gatl.cli import compose, one_line_errors
+from gatl.config import checked
 from gatl.models.se_densenet import se_densenet
 from gatl.models.weight_files import CARD_KEY
 
@@ -142,6 +144,14 @@ def test_the_committed_result_of_recipe_is_what_it_writes():
         ("recipe", ["run=unfinished", "seed=3"], "seed=3 is no option"),
         ("recipe", ["run=unfinished", "seeds=three"], "seeds must be a whole number"),
         ("transfer", [], "root=PATH"),
+        ("halving", [], "root=PATH"),
+        ("evaluation", [], "root=PATH"),
+        ("evaluation", ["root=photos", "only=all"], "only=all is none of peer; bare"),
+        ("evaluation", ["root=photos", "images=1000"], "has too few images"),
+        ("search", [], "root=PATH"),
+        ("driver", ["trials=99"], "trials must be at least 100, but got 99"),
+        ("driver", ["pop=60"], "pop - n_elites must be at most 50, but got 58"),
+        ("search", ["root=photos", "initial=maybe"], "initial must be yes or no, but got maybe"),
         ("transfer", ["root=photos", "only=all"], "only=all is no variant"),
         ("transfer", ["root=photos", "epochs=0"], "epochs must be a whole number"),
         ("transfer", ["root=photos", "workers=0"], "workers must be"),
@@ -158,3 +168,119 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, name, words, messa
     printed = capsys.readouterr().err
     assert re.search(message, printed)
     assert printed.count("\n") == 1
+
+
+SPEED = (
+    *("model=se_densenet121_k12", "model.weights=tiny.safetensors", *OVERRIDES),
+    *("space.learning_rate.high=1e-2", "evaluator.workers=1"),
+)
+
+
+def test_evaluation_measures_the_same_fits_in_every_way(tmp_path, monkeypatch):
+    evaluation, peer = importlib.import_module("evaluation"), importlib.import_module("peer")
+    peer.subset("photos", tmp_path / "some", 20, 8)
+    sizes = {p.name: len(list(p.glob("*/*.png"))) for p in (tmp_path / "some").iterdir()}
+    assert sizes == {"train": 20, "val": 8, "test": 8}
+    words = ("data=folder", f"data.root={tmp_path / 'some'}", *SPEED, "trainer.max_epochs=2")
+    config = checked(compose([*words, "data.batch_size=8"]))
+    chromosomes = evaluation.spread(config, 10)
+    assert chromosomes[:2] == list(config.initial)
+    assert {g["included_layers"] for g in chromosomes} == {1, 2, 3, 4}
+    assert {g["frozen_layers"] for g in chromosomes} == {0, 1, 2}
+    chosen = [*chromosomes[:3], {**chromosomes[0], "included_layers": 2, "frozen_layers": 2}]
+    losses = {
+        name: evaluation.measure(name, config, chosen, tmp_path / "out", 0).losses
+        for name in ("peer", "bare", "bare, cached", "gatl, 1 worker")
+    }
+    # The cache of the bare loop changes nothing, for no F.
+    assert losses["bare, cached"] == pytest.approx(losses["bare"], abs=1e-4)
+    for found in losses.values():
+        assert len(found) == 4
+        assert found == pytest.approx(losses["bare"], abs=0.4)  # other seeds and batches
+    twice = [evaluation.Measured(2.0, losses["bare"]), evaluation.Measured(6.0, losses["bare"])]
+    once = [evaluation.Measured(1.0, [0.5, None, 0.5, 0.5])] * 2
+    result = evaluation.summary(chosen, {"bare": twice, "gatl": once})
+    assert result["seconds"]["bare"] == {"median": 4.0, "min": 2.0, "max": 6.0, "n": 2}
+    assert result["times_as_fast"]["gatl"] == {"median": 4.0, "min": 2.0, "max": 6.0, "n": 2}
+    printed = evaluation.markdown(result)
+    assert "| gatl | 1.0 | 1.0 to 1.0 | 4.00 (2.00 to 6.00) |" in printed
+    assert "| diverged |" in printed
+
+
+def test_search_finds_when_the_best_of_the_peer_was_reached(tmp_path, monkeypatch, capsys):
+    search = importlib.import_module("search")
+    peer = search.Searched(100.0, [(10.0, 0.9), (60.0, 0.7)])
+    gatl = search.Searched(30.0, [(5.0, 0.8), (20.0, 0.6)])
+    run_ = search.compared(3, {"peer": peer, "gatl": gatl})
+    assert (run_["peer_best_reached_by_gatl"], run_["share_of_peer_time"]) == (20.0, 0.2)
+    assert run_["gatl"] == {"seconds": 30.0, "curve": gatl.curve, "best": 0.6}
+    assert "| 3 | 100 | 30 | 3.33 | 0.7000 | 0.6000 | 20 s, 20% of the peer's time |" in (
+        search.markdown([run_])
+    )
+    never = search.compared(3, {"peer": gatl, "gatl": peer})
+    assert never["share_of_peer_time"] is None
+    assert "| never |" in search.markdown([never])
+
+
+def test_search_searches_in_both_ways(tmp_path, monkeypatch):
+    search, peer = importlib.import_module("search"), importlib.import_module("peer")
+    peer.subset("photos", tmp_path / "some", 20, 8)
+    words = ("data=folder", f"data.root={tmp_path / 'some'}", *SPEED, "trainer.max_epochs=2")
+    config = checked(compose([*words, "data.batch_size=8", "budget.trials=3", "ga.pop=3"]))
+    for name in search.SEARCHES:
+        found = search.search(name, config, tmp_path / "run", initial=True)
+        losses = [loss for _, loss in found.curve]
+        assert 0 < found.curve[-1][0] <= found.seconds
+        assert losses == sorted(losses, reverse=True)
+        assert 0 < found.best < 2
+
+
+def test_driver_counts_the_writes_of_each_search_and_times_them(tmp_path, monkeypatch, capsys):
+    words = ("trials=100", "pop=4", "repeats=1", "output=out", f"results={tmp_path / 'r.json'}")
+    run(monkeypatch, "driver", *words)
+    driver, result = (
+        importlib.import_module("driver"),
+        json.loads((tmp_path / "r.json").read_text()),
+    )
+    assert (result["trials"], list(result["searches"])) == (108, list(driver.SEARCHES))
+    writes = {name: found["writes_per_trial"] for name, found in result["searches"].items()}
+    assert writes["gatl"] == (1 + 3 * 108 + 1) / 108  # and the study, and its seconds in the end
+    assert writes["gatl"] < writes["gatl, successive halving"] < writes[driver.BASELINE]
+    assert writes[driver.BASELINE] == pytest.approx(1 + 4 + 1 + 1, abs=0.02)
+    for found in result["searches"].values():
+        (around,) = found["around"]
+        assert (around["trials"], around["ms_per_trial"]["n"]) == (100, 4)
+        assert around["ms_per_trial"]["min"] > 0
+    assert "| gatl | 3.02 |" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_driver_takes_stretches_around_a_number_of_trials():
+    driver = importlib.import_module("driver")
+    ends = [0.001 * n**2 for n in range(21)]
+    assert driver.milliseconds(ends, 10, 5) == pytest.approx([5.0, 15.0, 25.0, 35.0])
+    runs = {driver.BASELINE: [driver.Timed(ends, 42)], "gatl": [driver.Timed([0.0, *ends], 21)]}
+    found = driver.summary(runs, [10], 4)["searches"]
+    assert found[driver.BASELINE]["around"][0]["times_the_baseline"]["median"] == 1
+    assert found[driver.BASELINE]["writes_per_trial"] == 2
+    assert found["gatl"]["around"][0]["times_the_baseline"]["median"] == pytest.approx(0.9)
+
+
+def test_memory_measures_between_fits_and_finds_what_is_left(tmp_path, monkeypatch):
+    memory, peer = importlib.import_module("memory"), importlib.import_module("peer")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert len(list(memory.save_digits(tmp_path / "digits").glob("*/*.png"))) == 1797
+    peer.subset(str(tmp_path / "digits"), tmp_path / "some", 20, 10)
+    words = ("data=folder", f"data.root={tmp_path / 'some'}", *SPEED, "trainer.max_epochs=1")
+    found = memory.measure(checked(compose(words)), 6, tmp_path / "run")
+    assert [row["fits"] for row in found["memory"]] == [1, 2, 3, 4, 6]
+    assert all(0 < row["uss_mib"] < row["rss_mib"] for row in found["memory"])
+    assert found["failed"] == 0
+    assert found["left_behind"] == {"run folder": [], "temporary files": []}
+    (tmp_path / "run" / "trials" / "0" / "rung.ckpt").touch()
+    assert memory.remains(tmp_path / "run") == ["trials/0/rung.ckpt"]
+    alive, dead = f"torch_{os.getpid()}_1_0", "sem.loky-99999999-a"
+    assert memory.orphans([alive, dead, "psm_a"]) == [dead, "psm_a"]
+    found["left_behind"]["shared memory"] = [dead]
+    assert "| 0 | 0 | 0 | 1 |" in memory.markdown([{"workers": 1, **found}])
