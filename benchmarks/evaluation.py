@@ -15,7 +15,7 @@ Each starts in a process of its own with one short fit, which is not timed; deco
 Prints the times, as ratios to the peer of the same repeat too, and the losses; writes
 them to ``results=FILE``, by default ``benchmarks/results/evaluation.json``.
 
-Options and their defaults: ``chromosomes=10 images=1000 val=250 epochs=3 repeats=3``,
+Options and their defaults: ``chromosomes=8 images=1000 val=250 epochs=3 repeats=3``,
 ``output=outputs/evaluation``, ``only=`` for some of the above, separated by semicolons.
 Every other word is a Hydra override.
 """
@@ -57,7 +57,7 @@ from gatl.session import opened
 from gatl.streams import Purpose
 
 DEFAULTS = {
-    **{"root": "", "chromosomes": "10", "images": "1000", "val": "250"},
+    **{"root": "", "chromosomes": "8", "images": "1000", "val": "250"},
     **{"epochs": "3", "repeats": "3", "only": "", "output": "outputs/evaluation"},
     "results": str(RESULTS / "evaluation.json"),
 }
@@ -106,8 +106,8 @@ def main() -> None:
                 found = pool.submit(measure, name, config, chromosomes, output, repeat).result()
             measured[name].append(found)
             print(f"repeat {repeat + 1}: {name} {found.seconds:.1f} s", flush=True)
-    result = {**origin(), **summary(chromosomes, measured)}
-    _write_json(Path(given["results"]), result)
+        result = {**origin(), **summary(chromosomes, measured)}
+        _write_json(Path(given["results"]), result)
     print(f"\n{markdown(result)}")
 
 
