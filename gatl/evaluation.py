@@ -296,20 +296,18 @@ class Fitter:
         """
         started = time.monotonic()
         classifier: Classifier | None = None
+        cache: list[CachedPrefix] = []
         checkpoint = fit.folder / CHECKPOINT
         try:
             torch.manual_seed(fit.seed)
             classifier, report = build_classifier(self._config, self._data, fit.genes)
             stopper = StopOnRequest(self._stop)
+            cache = build_cache(self._config, self._data, classifier, report, stopper)
             trainer = build_trainer(
                 self._config,
                 fit.epochs,
                 fit.folder,
-                [
-                    SeededEpochs(fit.seed),
-                    stopper,
-                    *build_cache(self._config, self._data, classifier, report, stopper),
-                ],
+                [SeededEpochs(fit.seed), stopper, *cache],
                 self._device,
                 enable_checkpointing=False,
             )
@@ -322,6 +320,8 @@ class Fitter:
             if fit.goes_on:
                 part = checkpoint.with_suffix(".part")
                 trainer.save_checkpoint(part)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())  # the record, which is to say that it is there, is too
                 part.replace(checkpoint)
             best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
             outcome = Outcome(val_loss=best["val_loss"], val_accuracy=best["val_accuracy"])
@@ -345,6 +345,7 @@ class Fitter:
             duration_s=time.monotonic() - started,
             trainable_params=classifier.network.n_trainable if classifier else None,
             total_params=classifier.network.n_parameters if classifier else None,
+            uncached=bool(cache and classifier and not classifier.behind_prefix),
         )
 
 

@@ -111,8 +111,9 @@ class FeatureFiles:
                 file.write(piece.tobytes())
             if file.tell() != n_bytes:
                 raise ValueError(f"{n} rows must fill {n_bytes} bytes, but got {file.tell()}.")
+        found: Array = np.load(part, mmap_mode="r")  # once it has its name, others may remove it
         part.replace(part.with_suffix(".npy"))
-        return self.find(part.stem)
+        return found
 
     def _reserve(self, part: Path, n_bytes: int, check: Check) -> bool:
         """Remove what was used least recently until there is room; wait for other writers."""

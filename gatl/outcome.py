@@ -26,6 +26,7 @@ class Outcome:
             is as final as a loss; other failures may pass.
         stopped: Whether the fit was cut off on request; it has no result then.
         pruned: Whether it was stopped at a rung; what it has is of the epochs up to there.
+        uncached: Whether it could not keep what its frozen layers give: there was no room.
         reused_from: The number of the trial whose result this is, if it was not
             evaluated again.
     """
@@ -40,6 +41,7 @@ class Outcome:
     diverged: bool = False
     stopped: bool = False
     pruned: bool = False
+    uncached: bool = False
     reused_from: int | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -137,6 +137,7 @@ class View:
         self._losses: dict[int, list[float]] = {}  # by generation
         self._open: dict[int, int] = {}  # by generation: trials that have not ended
         self._best: FrozenTrial | None = None
+        self._told_uncached = False
         self._n_ended = 0
         self._n_timed, self._seconds = 0, 0.0  # fits that came to an end, and what they took
         for number in range(n_trials):
@@ -166,6 +167,8 @@ class View:
         for trial in trials:
             if trial.state.is_finished():
                 self._count(trial)
+            elif outcome_of(trial).epochs and trial.number < self._n_trials:
+                self._waiting.add(trial.number)
         if self._n_ended:
             done = f"{self._n_ended} of {self._n_trials} trials done"
             self._print(f"Going on: {done}{self._so_far}")
@@ -190,6 +193,12 @@ class View:
         self._waiting.discard(trial.number)
         self._count(trial)
         outcome = outcome_of(trial)
+        if outcome.uncached and not self._told_uncached:
+            self._told_uncached = True
+            self._print(
+                f"Feature cache: full, so trial {trial.number} computed its frozen layers in each "
+                "epoch (cache.max_gb, or the disk, has no room)"
+            )
         if self._live is None:
             self._print(self._line(trial, outcome))
         elif outcome.error and not outcome.diverged and outcome.reused_from is None:
@@ -228,7 +237,11 @@ class View:
 
     def _mean(self, group: int) -> str:
         losses = self._losses.get(group)
-        return f"mean val_loss {format_loss(sum(losses) / len(losses))}" if losses else "all failed"
+        return (
+            f"mean val_loss {format_loss(sum(losses) / len(losses))}"
+            if losses
+            else "none completed"
+        )
 
     def _line(self, trial: FrozenTrial, outcome: Outcome) -> str:
         """Write a trial in one line."""

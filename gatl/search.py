@@ -164,7 +164,8 @@ class Search:
         """Put a trial in the queue, or where it waited."""
         chromosome = self._space.from_dict(trial.params)
         self._chromosomes[trial.number] = chromosome
-        if (outcome := outcome_of(trial)).epochs in self._config.rungs:
+        outcome = outcome_of(trial)  # with an error: it was killed while that was told
+        if outcome.error is None and outcome.epochs in self._config.rungs:
             self._begun[chromosome] = trial.number
             self._reached[trial.number] = outcome
         else:
@@ -189,6 +190,7 @@ class Search:
             trial.number: trial.intermediate_values[rung]
             for trial in self._trials[self._strategy.horizon(waiting[0]) :]  # before its generation
             if rung in trial.intermediate_values
+            and trial.number < self._config.n_trials  # the budget may have shrunk
             and self._strategy.generation(trial.number) == generation
         }
         best = survivors(losses, self._config.pruner.reduction_factor)
@@ -246,6 +248,7 @@ class Search:
         if outcome.error is None and outcome.epochs in self._config.rungs:
             self._trials[number] = reach(self._study, number, outcome, self.seconds)
             self._reached[number] = outcome
+            self._failures = 0
             self._view.paused(number, self._space.to_dict(self._chromosomes[number]), outcome)
             return
         self._tell(number, outcome)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 import optuna
+import psutil
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from rich.console import Console
@@ -30,7 +31,7 @@ from gatl.evaluation import (
     resolve_precision,
     silence,
 )
-from gatl.features import why_off
+from gatl.features import is_shared, why_off
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
 from gatl.progress import decoding
@@ -85,7 +86,8 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     resolve_precision(config.trainer)
     strategy = _build_strategy(config)
     evaluator_class = _evaluator_class(config)
-    report = load_pretrained(config, _largest_network(config))
+    network = _largest_network(config)
+    report = load_pretrained(config, network)
     images, features = folder / ".images", folder / ".features"
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
@@ -107,7 +109,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             for line in data.skipped[:5]:
                 console.print(f"  left out: {line}", soft_wrap=True)
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
-            data = _with_features(config, data, report, features, console)
+            data = _with_features(config, data, network, report, features, console)
             study = open_study(folder, strategy)
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = evaluator_class(config, data, cut)
@@ -129,7 +131,12 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
 
 
 def _with_features(
-    config: Config, data: PreparedData, report: LoadReport | None, folder: Path, console: Console
+    config: Config,
+    data: PreparedData,
+    network: LayeredNetwork,
+    report: LoadReport | None,
+    folder: Path,
+    console: Console,
 ) -> PreparedData:
     """Say where the fits keep what crosses the boundary of frozen layers, if they can."""
     freezes = any(g.name == "frozen_layers" and g.high > 0 for g in config.space.genes)
@@ -138,8 +145,11 @@ def _with_features(
     if (reason := why_off(config.data.augment, data, report)) is not None:
         console.print(f"Feature cache: off ({reason})")
         return data
+    if report is not None and not is_shared(network, report):
+        console.print("Feature cache: off for fits that freeze layers which start random (new SE)")
     folder.mkdir()
-    free = shutil.disk_usage(folder).free
+    # What is mapped lies in memory too, as long as nothing else needs it.
+    free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
     share = free // 4 if config.cache.max_gb is None else int(config.cache.max_gb * 10**9)
     return replace(data, features=folder.resolve(), features_bytes=share)
 
@@ -151,7 +161,7 @@ def _build_strategy(config: Config) -> Strategy:
         strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
     except (InstantiationException, TypeError, ValueError) as error:
         raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
-    if config.pruner is not None and strategy.generation(0) is None:
+    if config.rungs and strategy.generation(0) is None:
         raise UserError(
             f"pruner=successive_halving compares the fits of a generation, and "
             f"{type(strategy).__name__} has none: use search=genetic, or pruner=none."

@@ -227,6 +227,14 @@ def test_two_workers_give_the_bits_of_one(data, tmp_path):
 # When there is no cache
 
 
+def test_a_fit_says_that_its_boundary_does_not_fit(data, tmp_path):
+    stop = multiprocessing.get_context("spawn").Event()
+    small = with_cache(data, tmp_path / "small", 1000)
+    for where, frozen, uncached in ((small, 6, True), (small, 0, False), (data, 6, False)):
+        fit = Fit(genes(frozen, 8), 1, SEED, tmp_path / f"{id(where)}{frozen}")
+        assert Fitter(configure(), where, stop)(fit).uncached is uncached
+
+
 def test_what_does_not_fit_is_computed_as_without_a_cache(data, tmp_path, monkeypatch):
     small = with_cache(data, tmp_path / "small", 1000)
     for frozen, included in ((6, 8), (1, 1)):
@@ -274,6 +282,7 @@ def test_why_the_cache_is_off(data):
         (("data.augment=trivial",), "Feature cache: off (data.augment=trivial", False),
         (("cache.max_gb=0",), "", False),
         (("space.frozen_layers.value=0",), "", False),
+        (("model.se.init=kaiming",), "Feature cache: off for fits that freeze layers which", True),
     ],
 )
 def test_a_session_says_once_that_the_cache_is_off(overrides, line, on, tmp_path):
@@ -358,6 +367,20 @@ def test_least_recently_used_files_go_first(tmp_path):
     assert mapped.sum() == 0  # it is mapped still
     assert files.get("f", 4, lambda: rows(4), never) is None
     assert {path.stem for path in tmp_path.glob("*.npy")} == {"e"}
+
+
+def test_what_another_worker_removes_at_once_is_still_there_for_whoever_wrote_it(
+    tmp_path, monkeypatch
+):
+    def replace_and_evict(path: Path, target: Path) -> None:
+        path.rename(target)
+        target.unlink()
+
+    monkeypatch.setattr(Path, "replace", replace_and_evict)
+    found = FeatureFiles(tmp_path, ROOMY).get("a", 2, lambda: rows(2, 3), never)
+    assert found is not None
+    assert (found == 3).all()
+    assert not list(tmp_path.glob("*.npy"))
 
 
 def test_what_fails_leaves_nothing(tmp_path):

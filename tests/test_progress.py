@@ -126,7 +126,12 @@ def test_a_generation_without_a_result_is_summed_up_too():
     view, out = plain()
     for number in range(4):
         view.ended(trial(number, None, error="OSError"))
-    assert out.getvalue().splitlines()[-1] == "generation 0 done · all failed"
+    assert out.getvalue().splitlines()[-1] == "generation 0 done · none completed"
+    view, out = plain()
+    for number in range(3):
+        view.ended(pruned(number, 1.0, epochs=1))
+    view.ended(trial(3, None, error="diverged: val_loss is nan", diverged=True))
+    assert out.getvalue().splitlines()[-1] == "generation 0 done · none completed"
 
 
 def test_what_looks_like_markup_or_an_emoji_is_shown_as_it_is():
@@ -144,6 +149,23 @@ def test_the_console_of_a_command_prints_names_as_they_are(capsysbinary, monkeyp
     console.print("[red]roses[/red] :smile: fl\xf6\udcf6wers", soft_wrap=True)
     console.file.flush()
     assert buffer.getvalue() == b"[red]roses[/red] :smile: fl\\xf6\\udcf6wers\n"
+
+
+def test_a_full_cache_is_told_once():
+    view, out = plain()
+    for number in range(3):
+        view.ended(trial(number, uncached=number > 0))
+    assert out.getvalue().count("Feature cache: full, so trial 1 computed") == 1
+    assert out.getvalue().count("Feature cache") == 1
+
+
+def test_going_on_counts_who_waits_at_a_rung():
+    view = View(terminal(), 8, 2, by_four)
+    waiting = trial(1, 1.0, epochs=1)
+    waiting.state = TrialState.RUNNING
+    cut_off = create_trial(state=TrialState.RUNNING)
+    view.resumed([trial(0), waiting, cut_off])
+    assert "1 of 8 trials done · 0 running · 1 waiting at a rung" in "\n".join(screen(view))
 
 
 def test_going_on_says_what_is_done():

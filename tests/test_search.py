@@ -702,3 +702,58 @@ def test_ctrl_c_leaves_what_waits_at_a_rung_for_resume(tmp_path):
     assert again() is Ending.COMPLETE
     assert again.history == expected.history
     assert not set(again.view.paused_at) & set(run.view.paused_at)
+
+
+def test_a_fit_that_reaches_a_rung_between_failures_is_a_success(tmp_path):
+    calls = itertools.count()
+
+    def evaluate(fit):
+        return learning(fit) if next(calls) % 2 else fails(fit)
+
+    overrides = [*HALVED[0], "ga.pop=12", "budget.trials=12"]
+    run = Run(tmp_path, FakeEvaluator(evaluate=evaluate), overrides=overrides)
+    assert run() is Ending.COMPLETE
+    assert [row["state"] for row in rows(run.history)].count("FAIL") >= 6
+
+
+@pytest.mark.parametrize("n_generations", [1, 2, 3])
+def test_budget_trials_that_ends_with_a_generation_cuts_or_extends_a_halved_search(
+    tmp_path, n_generations
+):
+    expected = whole(tmp_path / "whole", FakeEvaluator(evaluate=learning), overrides=HALVED[0])
+    n = 7 + 5 * (n_generations - 1)
+    cut = [*HALVED[0], f"budget.trials={n}"]
+    run = whole(tmp_path / "run", FakeEvaluator(2, evaluate=learning), overrides=cut)
+    assert rows(run.history) == rows(expected.history)[:n]
+    again = Run(tmp_path / "run", FakeEvaluator(evaluate=learning), overrides=HALVED[0])
+    assert again() is Ending.COMPLETE
+    assert again.history == expected.history
+
+
+def test_a_smaller_budget_on_resume_halves_among_the_trials_that_it_leaves(tmp_path):
+    run = Run(tmp_path, FakeEvaluator(evaluate=learning), None, HALVED[0])
+    run.view = run.search._view = Spy(None, kill, 7)
+    with pytest.raises(Killed):
+        run()
+    smaller = [*HALVED[0], "budget.trials=2"]
+    again = Run(tmp_path, FakeEvaluator(evaluate=learning), overrides=smaller)
+    assert again() is Ending.COMPLETE
+    assert sorted(row["state"] for row in rows(again.history)) == ["COMPLETE", "PRUNED"]
+
+
+def test_a_divergence_whose_telling_was_cut_off_does_not_wait_at_a_rung(tmp_path):
+    def evaluate(fit):
+        diverged = Outcome(error="diverged: ...", diverged=True, epochs=1)
+        return diverged if fit.genes["included_layers"] % 2 else learning(fit)
+
+    expected = whole(tmp_path / "whole", FakeEvaluator(evaluate=evaluate), overrides=HALVED[0])
+    lines = (tmp_path / "whole" / "study.journal").read_bytes().splitlines(keepends=True)
+    cuts = [i for i, line in enumerate(lines, 1) if b"diverged: ..." in line]
+    assert cuts
+    for cut in cuts:
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(b"".join(lines[:cut]))
+        again = Run(folder, FakeEvaluator(evaluate=evaluate), overrides=HALVED[0])
+        assert again() is Ending.COMPLETE
+        assert again.history == expected.history
