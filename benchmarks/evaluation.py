@@ -114,7 +114,8 @@ def main() -> None:
 def spread(config: Config, n: int) -> list[Genes]:
     """Return the initial chromosomes, then a scrambled Sobol design (Sobol' 1967) of the space."""
     space = config.space
-    points = qmc.Sobol(len(space.genes), rng=0).random(max(0, n - len(config.initial)))
+    m = math.ceil(math.log2(max(1, n)))  # a power of two is what keeps the design balanced
+    points = qmc.Sobol(len(space.genes), rng=0).random_base2(m)
     drawn = [
         space.to_dict(
             space.repair([_at(gene, u) for gene, u in zip(space.genes, point, strict=True)])
