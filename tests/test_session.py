@@ -208,3 +208,13 @@ def test_what_cannot_be_built_is_known_before_any_image_is_read(
     with pytest.raises(UserError, match=said) as raised, open_run(tmp_path, override):
         pass
     assert "\n" not in str(raised.value)
+
+
+def test_the_driver_takes_one_thread_and_leaves_the_cores_to_the_fits(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with open_run(tmp_path):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
