@@ -144,7 +144,7 @@ class Objective:
             )
             for split in ("train", "val")
         )
-        lightning.seed_everything(trial.number, verbose=False)
+        lightning.seed_everything(trial.number + 1000 * config.seed, verbose=False)
         network = build_network(config, genes, len(train.dataset.classes))
         network.fit_neck_statistics(images for images, _ in train)  # of a linear probe
         module = Module(network, genes["learning_rate"])
