@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from gatl.config import Config
+from gatl.data.images import PreparedData, prepare
 from gatl.errors import UserError
 from gatl.evaluation import Evaluator, Fit
 from gatl.final import _hardware, _versions
@@ -104,6 +106,18 @@ def origin() -> dict[str, Any]:
         "hardware": _hardware(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def decoded(config: Config, folder: Path) -> PreparedData:
+    """Decode the images of a configuration into a folder."""
+    return prepare(
+        instantiate(config.data.source),
+        image_size=config.data.image_size,
+        interpolation=config.model.interpolation,
+        split_seed=config.data.split_seed,
+        max_bad=config.data.max_bad,
+        folder=folder,
+    )
 
 
 def evaluated(evaluator: Evaluator, fits: Sequence[Fit]) -> Iterator[tuple[int, Outcome]]:

@@ -38,8 +38,7 @@ from typing import Any, NamedTuple
 import optuna
 import peer
 import torch
-from common import RESULTS, evaluated, options, origin, over_repeats, table, whole
-from hydra.utils import instantiate
+from common import RESULTS, decoded, evaluated, options, origin, over_repeats, table, whole
 from peer import Genes
 from rich.console import Console
 from scipy.stats import qmc
@@ -48,7 +47,7 @@ from torch import Tensor
 from gatl.chromosome import Gene, Value
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
-from gatl.data.images import PreparedData, PreparedSplit, prepare
+from gatl.data.images import PreparedData, PreparedSplit
 from gatl.errors import UserError
 from gatl.evaluation import EVAL_BATCH_SIZE, Fit, build_data, fit_seed
 from gatl.features import CHUNK
@@ -160,9 +159,9 @@ def by_bare_loop(
 ) -> Measured:
     """Fit in a bare loop, with or without a cache of what frozen prefixes give."""
     started = time.perf_counter()
-    data = _prepared(config, folder)
+    data = decoded(config, folder)
     splits = [_tensors(config, data, split) for split in (data.train, data.val)]
-    decoded = time.perf_counter() - started
+    decoding = time.perf_counter() - started
     boundaries: dict[tuple[int, bool], list[tuple[Tensor, Tensor]]] = {}
 
     def fit(index: int, genes: Genes) -> float | None:
@@ -188,7 +187,7 @@ def by_bare_loop(
     fit(0, WARM_UP)
     started = time.perf_counter()
     losses = [fit(index, genes) for index, genes in enumerate(chromosomes)]
-    return Measured(decoded + time.perf_counter() - started, losses)
+    return Measured(decoding + time.perf_counter() - started, losses)
 
 
 def by_gatl(
@@ -208,7 +207,7 @@ def by_gatl(
 
     started = time.perf_counter()
     with opened(config, folder, Console(file=io.StringIO())) as session:
-        decoded = time.perf_counter() - started
+        decoding = time.perf_counter() - started
         warm_up = [fit(WARM_UP, f"warm-up{i}") for i in range(session.evaluator.n_workers)]
         list(evaluated(session.evaluator, warm_up))
         started = time.perf_counter()
@@ -218,7 +217,7 @@ def by_gatl(
         seconds = time.perf_counter() - started
     if failed := [o.error for o in ended.values() if o.error and not o.diverged]:
         raise UserError(f"A fit failed: {failed[0]}")
-    return Measured(decoded + seconds, [ended[i].val_loss for i in range(len(chromosomes))])
+    return Measured(decoding + seconds, [ended[i].val_loss for i in range(len(chromosomes))])
 
 
 Variant = Callable[[Config, Sequence[Genes], Path], Measured]
@@ -233,18 +232,6 @@ VARIANTS: dict[str, Variant] = {
     "gatl, 1 worker, bf16": functools.partial(by_gatl, **ONE, precision="bf16-mixed"),
     "gatl, bf16": functools.partial(by_gatl, **ALL, precision="bf16-mixed"),
 }
-
-
-def _prepared(config: Config, folder: Path) -> PreparedData:
-    """Decode the images as gatl does."""
-    return prepare(
-        instantiate(config.data.source),
-        image_size=config.data.image_size,
-        interpolation=config.model.interpolation,
-        split_seed=config.data.split_seed,
-        max_bad=config.data.max_bad,
-        folder=folder,
-    )
 
 
 def _tensors(config: Config, data: PreparedData, split: PreparedSplit) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-from common import RESULTS, commit, evaluated, options, origin, over_seeds, table, whole, written
-from hydra.utils import instantiate
+from common import (
+    RESULTS,
+    commit,
+    decoded,
+    evaluated,
+    options,
+    origin,
+    over_seeds,
+    table,
+    whole,
+    written,
+)
 
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
-from gatl.data.images import PreparedData, prepare
+from gatl.data.images import PreparedData
 from gatl.errors import UserError
 from gatl.evaluation import Fit, LocalEvaluator, fit_seed, silence
 from gatl.final import _write_json
@@ -155,18 +165,6 @@ def remove_se(weights: Weights | None, path: Path) -> None:
     new = path.with_suffix(".new")  # the old file may be mapped
     safetensors.torch.save_file(kept, new, {CARD_KEY: json.dumps(card)})
     new.replace(path)
-
-
-def decoded(config: Config, folder: Path) -> PreparedData:
-    """Decode the images, once for all variants."""
-    return prepare(
-        instantiate(config.data.source),
-        image_size=config.data.image_size,
-        interpolation=config.model.interpolation,
-        split_seed=config.data.split_seed,
-        max_bad=config.data.max_bad,
-        folder=folder,
-    )
 
 
 def fit(
