@@ -47,6 +47,7 @@ from torch import Tensor
 from gatl.chromosome import Gene, Value
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
+from gatl.cost import expected_costs
 from gatl.data.images import PreparedData, PreparedSplit
 from gatl.errors import UserError
 from gatl.evaluation import EVAL_BATCH_SIZE, Fit, build_data, fit_seed
@@ -211,9 +212,10 @@ def by_gatl(
         warm_up = [fit(WARM_UP, f"warm-up{i}") for i in range(session.evaluator.n_workers)]
         list(evaluated(session.evaluator, warm_up))
         started = time.perf_counter()
-        ended = dict(
-            evaluated(session.evaluator, [fit(g, str(i)) for i, g in enumerate(chromosomes)])
-        )
+        costs = expected_costs(chromosomes, [])  # the driver's order, of a first generation
+        order = sorted(range(len(chromosomes)), key=lambda i: -costs[i])
+        fits = [fit(chromosomes[i], str(i)) for i in order]
+        ended = {order[i]: outcome for i, outcome in evaluated(session.evaluator, fits)}
         seconds = time.perf_counter() - started
     if failed := [o.error for o in ended.values() if o.error and not o.diverged]:
         raise UserError(f"A fit failed: {failed[0]}")

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, Value
 from gatl.config import Config
+from gatl.cost import Cost, expected_costs
 from gatl.errors import UserError
 from gatl.evaluation import CHECKPOINT, Evaluator, Fit, fit_seed
 from gatl.halving import survivors
@@ -35,6 +36,9 @@ from gatl.streams import Purpose
 
 MAX_FAILURES = 5
 """Failures in a row that stop a search; divergence is a result, no such failure."""
+
+_LATEST = 200
+"""Fits that tell what others cost; more would tell no more."""
 
 _TICK = 0.2
 """Seconds after which the driver looks whether it is to stop."""
@@ -89,6 +93,7 @@ class Search:
         self._reached: dict[int, Outcome] = {}  # the last rung of trials that have not ended
         self._known: dict[Chromosome, int] = {}  # evaluated: the first trial with that result
         self._pruned: dict[tuple[Chromosome, int | None], int] = {}  # the same, by generation
+        self._costs: deque[Cost] = deque(maxlen=_LATEST)  # of the fits that ended last
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
         self._any_complete = False  # in this session: the first fit always finishes
         self._failures = 0
@@ -137,8 +142,10 @@ class Search:
         for trial in self._trials:
             if trial.state.is_finished():
                 self._learn(trial)
+                self._time(trial.params, outcome_of(trial))
             elif trial.number < self._config.n_trials:  # the budget may have shrunk
                 self._enqueue(self._whole(trial))
+        self._longest_first()
         self._publish()
         self._view.resumed(self._trials)
 
@@ -153,12 +160,15 @@ class Search:
 
     def _ask(self) -> None:
         """Ask for every trial whose horizon has been reached, a generation as a whole."""
+        if not self._askable:
+            return
         while self._askable:
             number = len(self._trials)
             record = self._trials[: self._strategy.horizon(number)]
             genes = self._space.to_dict(self._strategy.propose(number, record))
             self._trials.append(begin(self._study, genes, self._distributions))
             self._enqueue(self._trials[number])
+        self._longest_first()
 
     def _enqueue(self, trial: FrozenTrial) -> None:
         """Put a trial in the queue, or where it waited."""
@@ -201,6 +211,19 @@ class Search:
                 self._queue.append(number)
             else:
                 self._tell(number, replace(self._reached[number], pruned=True))
+        self._longest_first()
+
+    def _longest_first(self) -> None:
+        """Sort the queue by what the fits cost; equal chromosomes stay in order.
+
+        Without generations the lowest numbers go first: others wait for their end.
+        """
+        if not self._queue or self._strategy.generation(self._queue[0]) is None:
+            return
+        queue = sorted(self._queue)
+        genes = [self._space.to_dict(self._chromosomes[number]) for number in queue]
+        cost = dict(zip(queue, expected_costs(genes, self._costs), strict=True))
+        self._queue = deque(sorted(queue, key=lambda number: -cost[number]))
 
     def _start(self) -> None:
         """Give queued trials to free workers; of equal ones the lowest number runs."""
@@ -245,6 +268,7 @@ class Search:
         if number in self._reached:
             spent = self._reached[number].duration_s + outcome.duration_s
             outcome = replace(outcome, duration_s=spent)
+        self._time(self._space.to_dict(self._chromosomes[number]), outcome)
         if outcome.error is None and outcome.epochs in self._config.rungs:
             self._trials[number] = reach(self._study, number, outcome, self.seconds)
             self._reached[number] = outcome
@@ -280,6 +304,11 @@ class Search:
         elif trial.state is TrialState.PRUNED:
             generation = self._strategy.generation(trial.number)
             self._pruned.setdefault((chromosome, generation), trial.number)
+
+    def _time(self, genes: Mapping[str, Value], outcome: Outcome) -> None:
+        """Remember what a fit took."""
+        if outcome.epochs and outcome.reused_from is None:
+            self._costs.append(Cost(genes, outcome.duration_s / outcome.epochs))
 
     def _source(self, number: int, chromosome: Chromosome) -> int | None:
         """Return the trial whose result is a trial's, if there is one.

@@ -16,13 +16,14 @@ from torchvision.ops import SqueezeExcitation
 
 from gatl.errors import UserError
 from gatl.models.layered import LayeredNetwork
-from gatl.models.se_densenet import se_densenet
+from gatl.models.se_densenet import PointwiseConv2d, se_densenet
 from gatl.models.weights import Weights, load
 
 BLOCKS = (6, 12, 24, 16)
 WIDTHS = {"121": (32, 64), "k12": (12, 24)}
 K = 10
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+EXACT = {"rtol": 1e-8, "atol": 1e-8}  # in 64 bits
 
 
 def build(
@@ -117,20 +118,50 @@ def _seed() -> None:
 @pytest.mark.parametrize("variant", WIDTHS)
 @torch.no_grad()
 def test_whole_network_equals_torchvisions(references: dict[str, DenseNet], variant: str) -> None:
-    reference = copy.deepcopy(references[variant])
-    network = copied(reference, variant=variant)
+    reference = copy.deepcopy(references[variant]).eval()
+    network = copied(reference, variant=variant).eval()
     x = images()
-    for mode in (False, True):
-        network.train(mode)
-        reference.train(mode)
-        behind = reference.features(x)
-        torch.testing.assert_close(network.neck.norm(features(network, x)), behind, **CLOSE)
-        torch.testing.assert_close(network(x), reference(x), **CLOSE)
+    behind = reference.features(x)
+    torch.testing.assert_close(network.neck.norm(features(network, x)), behind, **CLOSE)
+    torch.testing.assert_close(network(x), reference(x), **CLOSE)
+
+
+@pytest.mark.parametrize("variant", WIDTHS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_whole_network_trains_as_torchvisions(
+    references: dict[str, DenseNet], variant: str, layout: torch.memory_format
+) -> None:
+    """In 64 bits: BN over few images makes much of how sums are rounded."""
+    reference = copy.deepcopy(references[variant]).double().train()
+    network = copied(reference, variant=variant).double().train().to(memory_format=layout)
+    x = images().double().contiguous(memory_format=layout)
+    ours, theirs = network(x), reference(x)
+    torch.testing.assert_close(ours, theirs, **EXACT)
+    for logits in (ours, theirs):
+        logits.square().sum().backward()
+    for ours, theirs in (
+        (network.stem.conv, reference.features.conv0),
+        (network.layers[5].transition.conv, reference.features.transition1.conv),
+        (network.layers[57].dense.conv1, reference.features.denseblock4.denselayer16.conv1),
+        (network.layers[57].dense.conv2, reference.features.denseblock4.denselayer16.conv2),
+    ):
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, **EXACT)
     moved = reference.state_dict()
     for name in ("running_mean", "running_var"):
         ours = network.layers[57].get_submodule("dense.norm2").get_buffer(name)
         theirs = moved[f"features.denseblock4.denselayer16.norm2.{name}"]
-        torch.testing.assert_close(ours, theirs, **CLOSE)
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_1x1_convolution_is_as_exact_when_it_trains(layout: torch.memory_format) -> None:
+    convolution = PointwiseConv2d(40, 12)
+    x = torch.randn(8, 40, 5, 7).contiguous(memory_format=layout)
+    exact = F.conv2d(x.double(), convolution.weight.double())
+    for mode in (False, True):
+        y = convolution.train(mode)(x)
+        assert y.is_contiguous(memory_format=torch.channels_last) or not mode
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""How long fits take, told from those that have ended.
+
+A generation ends when its slowest fit ends, so the longest start first: of the list
+schedules the one whose end is never more than a third later than the earliest that
+there is (Graham 1969, https://doi.org/10.1137/0117039).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_PRIOR = 1.0
+"""How strongly layers are held to cost alike, in the variance of a fit over that of a layer."""
+
+
+class Cost(NamedTuple):
+    """What a fit took.
+
+    Attributes:
+        genes: The chromosome by name.
+        seconds: Seconds an epoch.
+    """
+
+    genes: Mapping[str, float]
+    seconds: float
+
+
+def expected_costs(
+    chromosomes: Sequence[Mapping[str, float]], known: Sequence[Cost]
+) -> list[float]:
+    """Estimate what fits cost, by the layers that they train.
+
+    A fit's cost is the sum of its trained layers' (the stem is one of them), each near
+    their mean unless what is known says otherwise: ridge regression (Hoerl & Kennard
+    1970) around equal costs. With nothing known it is the number of trained layers.
+
+    Args:
+        chromosomes: Whose costs to estimate, each with ``included_layers`` and
+            ``frozen_layers``.
+        known: Fits that have ended.
+
+    Returns:
+        Seconds an epoch, or numbers in proportion to them if nothing is known.
+    """
+    both = [*(fit.genes for fit in known), *chromosomes]
+    n_layers = int(max((genes["included_layers"] for genes in both), default=0))
+    trained = np.array([_trained(genes, n_layers) for genes in both], float)
+    trained = trained.reshape(len(both), n_layers + 1)
+    done, asked = trained[: len(known)], trained[len(known) :]
+    seconds = np.array([fit.seconds for fit in known])
+    counts = done.sum(1)  # (n_known,)
+    layers = np.ones(n_layers + 1)
+    if counts @ seconds > 0:
+        layers *= counts @ seconds / (counts @ counts)  # as if all cost alike
+        spread = done.T @ done + _PRIOR * np.eye(n_layers + 1)
+        layers += np.linalg.solve(spread, done.T @ (seconds - done @ layers))
+    return [float(cost) for cost in asked @ layers]
+
+
+def _trained(genes: Mapping[str, float], n_layers: int) -> list[bool]:
+    """Return which of the stem and the layers a fit trains."""
+    first = genes["frozen_layers"] + 1 if genes["frozen_layers"] else 0
+    return [first <= k <= genes["included_layers"] for k in range(n_layers + 1)]
