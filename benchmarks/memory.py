@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Chromosomes spread over the space are fitted for an epoch each by `gatl`'s own workers, with the
-feature cache: once by one worker, in a thread, and once by two, in processes of their own. After
+feature cache: once by one worker, and once by two. After
 some of the fits, while none runs, the memory of the processes that fit is added up: what is
 resident (RSS: pages of mapped files too) and what is theirs alone (USS: what a leak would grow).
 Afterwards whatever is new in the folder for temporary files, which is the run's own, in
@@ -138,7 +138,7 @@ def measure(config: Config, n: int, folder: Path) -> dict[str, Any]:
             for _, outcome in evaluated(session.evaluator, fits[done:end]):
                 errors += outcome.error is not None and not outcome.diverged
             done = end
-            memory.append({"fits": done, **memory_now(session.evaluator.n_workers)})
+            memory.append({"fits": done, **memory_now()})
         cached = sum(path.stat().st_size for path in (folder / ".features").rglob("*"))
     first, last = memory[0], memory[-1]
     return {
@@ -155,11 +155,9 @@ def measure(config: Config, n: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def memory_now(workers: int) -> dict[str, float]:
-    """Return the MiB of the processes that fit: those started by this one, or it with those."""
-    here = psutil.Process()
-    fitting = here.children(recursive=True) + ([here] if workers == 1 else [])
-    infos = [process.memory_full_info() for process in fitting]
+def memory_now() -> dict[str, float]:
+    """Return the MiB of the processes that fit."""
+    infos = [process.memory_full_info() for process in psutil.Process().children(recursive=True)]
     return {
         "rss_mib": round(sum(info.rss for info in infos) / 2**20, 1),
         "uss_mib": round(sum(info.uss for info in infos) / 2**20, 1),

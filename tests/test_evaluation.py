@@ -454,19 +454,6 @@ def drain(evaluator: LocalEvaluator, n: int) -> dict[int, Outcome]:
     return outcomes
 
 
-def test_thread_evaluates_as_this_process_does(fitter, data, stop, tmp_path):
-    threads = torch.get_num_threads()
-    evaluator = LocalEvaluator(configure("evaluator.workers=1"), data, stop)
-    evaluator.submit(7, fit(tmp_path / "7"))
-    assert evaluator.n_free == 0
-    outcomes = drain(evaluator, 1)
-    assert evaluator.n_free == 1
-    assert same(outcomes[7]) == same(fitter(fit(tmp_path / "0")))
-    assert evaluator.wait(0) == []
-    evaluator.close()
-    assert torch.get_num_threads() == threads
-
-
 def kill(evaluator: LocalEvaluator, worker: int) -> None:
     (process,) = evaluator._pools[worker]._processes.values()  # type: ignore[attr-defined]
     os.kill(process.pid, signal.SIGKILL)
@@ -483,11 +470,13 @@ def processes(data: PreparedData, stop: Event) -> Iterator[LocalEvaluator]:
 
 def test_worker_processes(fitter, processes, stop, tmp_path):
     expected = [same(fitter(fit(tmp_path / f"x{i}", g))) for i, g in enumerate((GENES, OTHER))]
-    # They give the bits that one thread gives.
+    # They give the bits that this process gives.
     processes.submit(0, fit(tmp_path / "0", GENES))
     processes.submit(1, fit(tmp_path / "1", OTHER))
     assert processes.n_free == 0
     outcomes = drain(processes, 2)
+    assert processes.n_free == 2
+    assert processes.wait(0) == []
     assert [same(outcomes[0]), same(outcomes[1])] == expected
     assert (tmp_path / "1" / "metrics.csv").is_file()
 
