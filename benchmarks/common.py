@@ -1,5 +1,6 @@
 """What the benchmarks share: their options, figures over seeds, tables, and where they ran."""
 
+import functools
 import shlex
 import statistics
 import subprocess
@@ -77,6 +78,7 @@ def table(*rows: Sequence[str]) -> str:
     return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
 
 
+@functools.cache  # before the benchmark has written its own result
 def commit() -> str | None:
     """Return the commit of the source, with ``-dirty`` if it was changed; None outside of git."""
     words = ("git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--exclude=*")

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,6 +32,9 @@ from gatl.cli import (
 from gatl.config import Config, checked
 from gatl.data import folder as image_folder
 from gatl.errors import UserError
+
+if TYPE_CHECKING:  # Optuna takes a while, which a typing error need not wait for
+    from gatl.strategies.base import Strategy
 
 LARGE = 128
 """Pixels of a side from which on a search takes long without a GPU."""
@@ -60,9 +64,10 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
         with opened(config, folder, console) as session:
             remember(folder, again)
             again = ()
+            config = session.config
             n_workers = session.evaluator.n_workers
             console.print(f"Run folder: {folder}", soft_wrap=True)
-            for line in _ahead(config, len(session.data.train), n_workers):
+            for line in _ahead(config, len(session.data.train), n_workers, session.strategy):
                 console.print(line)
             view = View(
                 console,
@@ -97,8 +102,8 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
         raise
 
 
-def _ahead(config: Config, n_images: int, n_workers: int) -> list[str]:
-    """Say what a run will do, and what is better done without a GPU where there is none."""
+def _ahead(config: Config, n_images: int, n_workers: int, strategy: "Strategy") -> list[str]:
+    """Say what a run will do, and what is better done otherwise."""
     import torch
 
     from gatl.progress import format_count
@@ -112,6 +117,14 @@ def _ahead(config: Config, n_images: int, n_workers: int) -> list[str]:
         f"then {format_count(config.final.top_k * config.final.seeds, 're-evaluation')} and a "
         f"final training of up to {format_count(config.final.max_epochs, 'epoch')}.",
     ]
+    if strategy.generation(0) is None:
+        at_once = config.n_trials - strategy.horizon(config.n_trials) + 1
+        if n_workers > at_once:
+            lines += [
+                f"Of {n_workers} workers {at_once} will be busy, because a trial waits for earlier "
+                "ones:",
+                "raise search.lag or search.chains.",
+            ]
     gpu = config.trainer.accelerator != "cpu" and torch.accelerator.is_available()
     if config.data.image_size >= LARGE and not gpu:
         lines += [
@@ -216,12 +229,26 @@ def main() -> None:
             for overrides in jobs:
                 _check_images(checked(compose(overrides)))
             _use_new_folder("hydra.sweep.dir", words, jobs[0])
-            with _hydra_raises():
-                job()
+            try:
+                with _hydra_raises():
+                    job()
+            except UserError:  # of one job; the others are there
+                _compare(len(jobs))
+                raise
+            _compare(len(jobs))
         else:
             _check_images(checked(compose(words)))
             _use_new_folder("hydra.run.dir", words, words)
             job()
+
+
+def _compare(n_jobs: int) -> None:
+    """Put the runs of the sweep that has just ended beside one another, if they are several."""
+    from gatl.compare import compare
+
+    folder = Path(HydraConfig.get().sweep.dir).absolute()
+    if n_jobs > 1 and any(folder.rglob("history.csv")):
+        compare(folder)
 
 
 def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ GROUPS = (
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 SE_CHOICES = {"placement": ("block", "layer", "none"), "init": ("identity", "kaiming")}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+MODES = ("generational", "steady_state")
 AUGMENTATIONS = ("none", "flip", "crop_flip", "trivial")
 MAX_PARALLEL = 1024
 """Workers, or threads of one, that a machine may be asked for; a slip of the hand exceeds it."""
@@ -209,6 +210,7 @@ class ModelConfig:
 class GAConfig:
     """The genetic algorithm's parameters."""
 
+    mode: str
     pop: int
     generations: int
     tournament_size: int
@@ -219,6 +221,7 @@ class GAConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        _require_choice("ga.mode", self.mode, MODES)
         _require_range("ga.pop", self.pop, 2)
         _require_range("ga.generations", self.generations, 1)
         size, allowed = self.tournament_size, f"in [1, {self.pop}], at most ga.pop={self.pop}"
@@ -365,7 +368,7 @@ class Config:
             allowed = f"below trainer.max_epochs={below}, or 1"
             epochs = self.pruner.min_epochs
             _require(epochs < below or epochs == 1, "pruner.min_epochs", epochs, allowed)
-        if len(self.initial) > self.ga.pop:
+        if "pop" in self.search and len(self.initial) > self.ga.pop:
             raise UserError(
                 f"search.initial must have at most ga.pop={self.ga.pop} chromosomes, "
                 f"but got {len(self.initial)}."

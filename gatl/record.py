@@ -173,6 +173,11 @@ def outcome_of(trial: FrozenTrial) -> Outcome:
     return Outcome(**{name: value for name, value in recorded.items() if name != SECONDS})
 
 
+def told_after(trial: FrozenTrial) -> float:
+    """Return the seconds that the search had taken when a trial's result came."""
+    return float(trial.user_attrs.get(OUTCOME, {}).get(SECONDS, 0.0))
+
+
 def seconds_of(study: optuna.Study) -> float:
     """Return the seconds that a search has taken, all sessions together, up to its last result.
 

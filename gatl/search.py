@@ -164,8 +164,10 @@ class Search:
             return
         while self._askable:
             number = len(self._trials)
-            record = self._trials[: self._strategy.horizon(number)]
-            genes = self._space.to_dict(self._strategy.propose(number, record))
+            horizon = self._strategy.horizon(number)
+            record, between = self._trials[:horizon], self._trials[horizon:]
+            pending = [self._space.from_dict(trial.params) for trial in between]
+            genes = self._space.to_dict(self._strategy.propose(number, record, pending))
             self._trials.append(begin(self._study, genes, self._distributions))
             self._enqueue(self._trials[number])
         self._longest_first()

@@ -45,7 +45,7 @@ class Session:
     """A run that this process holds.
 
     Attributes:
-        config: Its configuration.
+        config: Its configuration; without a pruner if the strategy has no generations.
         folder: Its run folder.
         data: The decoded images.
         strategy: Says what each trial is.
@@ -89,6 +89,10 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     torch.set_num_threads(1)
     resolve_precision(config.trainer)
     strategy = _build_strategy(config)
+    if config.rungs and strategy.generation(0) is None:
+        config = replace(config, pruner=None)
+        name = type(strategy).__name__
+        console.print(f"Halving: off (it compares the fits of a generation, and {name} has none)")
     evaluator_class = _evaluator_class(config)
     network = _largest_network(config)
     report = load_pretrained(config, network)
@@ -165,11 +169,6 @@ def _build_strategy(config: Config) -> Strategy:
         strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
     except (InstantiationException, TypeError, ValueError) as error:
         raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
-    if config.rungs and strategy.generation(0) is None:
-        raise UserError(
-            f"pruner=successive_halving compares the fits of a generation, and "
-            f"{type(strategy).__name__} has none: use search=genetic, or pruner=none."
-        )
     return strategy
 
 

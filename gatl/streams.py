@@ -19,6 +19,8 @@ class Purpose(IntEnum):
     FIT = 4
     REEVALUATION = 5
     FINAL = 6
+    ACCEPTANCE = 7
+    SAMPLER = 8
 
 
 def generator(seed: int, purpose: Purpose, a: int = 0, b: int = 0) -> np.random.Generator:

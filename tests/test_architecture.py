@@ -31,7 +31,11 @@ WITHOUT_TORCH = (
     "gatl.outcome",
     "gatl.ranking",
     "gatl.record",
+    "gatl.compare",
+    "gatl.strategies.annealing",
     "gatl.strategies.genetic",
+    "gatl.strategies.optuna_sampler",
+    "gatl.strategies.regularized_evolution",
 )
 
 # What a choice of a config group cannot do without.

@@ -177,7 +177,7 @@ MESSAGES = {
         "logger, budget, final, cache, pruner."
     ),
     ("+ga.size=1",): (
-        "ga.size is no setting: ga has pop, generations, tournament_size, crossover_prob, "
+        "ga.size is no setting: ga has mode, pop, generations, tournament_size, crossover_prob, "
         "mutation_prob, n_elites, duplicate_retries."
     ),
     ("++resume=outputs",): ("resume=RUN_FOLDER goes on with a run only as it stands, without +."),
@@ -231,7 +231,7 @@ def test_defaults_are_what_conf_says():
     cfg = config()
     assert (cfg.seed, cfg.data.name, cfg.model.name) == (0, "digits", "se_densenet121")
     assert cfg.data.image_size == cfg.model.image_size == 224
-    assert cfg.search["_target_"] == "gatl.strategies.genetic.Genetic"
+    assert cfg.search["_target_"] == "gatl.strategies.genetic.of_mode"
     assert "initial" not in cfg.search
     plain, frozen = cfg.initial
     assert plain == {

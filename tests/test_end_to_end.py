@@ -16,6 +16,7 @@ from PIL import Image
 from gatl import __main__
 from gatl.cli import compose, compose_resumed
 from gatl.config import checked
+from gatl.session import _build_strategy
 
 N_TRIALS = 10
 OVERRIDES = (
@@ -146,6 +147,19 @@ def test_a_multirun_makes_a_folder_a_job_and_returns_the_best_val_loss(sweep):
         folder = sweep / "jobs" / str(job)
         assert json.loads((folder / "result.json").read_text())["seed"] == job
         assert value == min(float(row["val_loss"]) for row in history(folder) if row["val_loss"])
+
+
+def test_a_sweep_compares_its_runs_by_itself(sweep):
+    page = (sweep / "jobs" / "compare.html").read_text()
+    assert "<td>all runs</td><td>2</td>" in page
+    (row,) = csv.DictReader((sweep / "jobs" / "compare.csv").read_text().splitlines())
+    best = [
+        min(float(r["val_loss"]) for r in history(sweep / "jobs" / j) if r["val_loss"])
+        for j in "01"
+    ]
+    assert float(row["val_loss"]) == pytest.approx(sum(best) / 2)
+    assert float(row["trials"]) == N_TRIALS
+    assert (sweep / "jobs" / "compare.png").stat().st_size > 10_000
 
 
 def test_another_seed_is_another_search(sweep, once):
@@ -412,7 +426,8 @@ def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, 
     monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
     for accelerator in ("auto", "cpu"):
         words = ["trainer.max_epochs=1", f"trainer.accelerator={accelerator}", *overrides]
-        lines = __main__._ahead(checked(compose(words)), 3019, 2)
+        config = checked(compose(words))
+        lines = __main__._ahead(config, 3019, 2, _build_strategy(config))
         advised = large and not (gpu and accelerator == "auto")
         assert max(map(len, lines)) <= 80
         assert ("model=se_densenet121_k12" in " ".join(lines[2:])) == advised
@@ -421,3 +436,19 @@ def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, 
             "Ahead: 62 trials of 1 epoch over 3019 images, 2 at once;",
             "then 9 re-evaluations and a final training of up to 30 epochs.",
         ]
+
+
+@pytest.mark.parametrize(
+    ("search", "at_once"),
+    [("search=annealing", 4), ("search=tpe", 5), ("search=random", 16), ("search=genetic", None)],
+)
+def test_more_workers_than_a_search_can_use_are_named(search, at_once):
+    config = checked(compose([search, "data.image_size=32"]))
+    for n_workers in (2, 20):
+        lines = __main__._ahead(config, 3019, n_workers, _build_strategy(config))
+        assert max(map(len, lines)) <= 80
+        found = [line for line in lines if "will be busy" in line]
+        few = at_once is not None and n_workers > at_once
+        assert [line.split()[:5] for line in found] == (
+            [["Of", str(n_workers), "workers", str(at_once), "will"]] if few else []
+        )

@@ -224,6 +224,57 @@ def test_workers_and_the_order_of_completion_change_nothing(tmp_path, evaluate, 
         assert run.history == expected.history
 
 
+SEARCHES = (
+    ("ga.mode=steady_state",),
+    ("search=annealing",),
+    ("search=regularized_evolution", "search.population_size=6"),
+    *((f"search={name}",) for name in ("random", "tpe", "cmaes", "nsga2")),
+)
+
+
+@pytest.mark.parametrize("evaluate", [plain, mixed])
+@pytest.mark.parametrize("search", SEARCHES, ids=" ".join)
+def test_no_search_depends_on_workers_or_on_when_it_was_killed(tmp_path, search, evaluate):
+    """Nor the one nor the other at once: killed with two workers, it goes on with four."""
+    for narrow in ((), NARROW[:2]):
+        overrides = (*search, *narrow)
+        name = f"{len(narrow)}"
+        one = whole(tmp_path / name, FakeEvaluator(evaluate=evaluate), overrides=overrides)
+        expected = one.history
+        n_trials = len(rows(expected))
+        assert n_trials == 6 + 3 * 4
+        assert {row["generation"] for row in rows(expected)} == {""}
+        for seed in range(2):
+            evaluator = FakeEvaluator(4, seed=seed, evaluate=evaluate)
+            run = whole(tmp_path / f"{name}-{seed}", evaluator, overrides=overrides)
+            assert run.history == expected
+        for k in range(1, n_trials):
+            folder = tmp_path / f"{name}-killed-{k}"
+            folder.mkdir()
+            evaluator = FakeEvaluator(2, seed=k, evaluate=evaluate)
+            with pytest.raises(Killed):
+                Run(folder, evaluator, Spy(k, kill), overrides)()
+            again = Run(folder, FakeEvaluator(4, seed=-k, evaluate=evaluate), overrides=overrides)
+            assert again() is Ending.COMPLETE
+            assert again.history == expected
+
+
+def test_without_generations_no_worker_waits(tmp_path):
+    """Between generations workers would be idle; fits end here in any order, some much later."""
+
+    class Watching(FakeEvaluator):
+        def wait(self, timeout):
+            self.busy.append(len(self.running))
+            return super().wait(timeout)
+
+    for search, n_workers in ((SEARCHES[0], 4), (SEARCHES[1], 4), (SEARCHES[2], 5)):
+        evaluator = Watching(n_workers)
+        evaluator.busy = []
+        whole(tmp_path / search[0], evaluator, overrides=(*search, "budget.trials=60"))
+        middle = evaluator.busy[10:-n_workers]
+        assert sum(middle) / len(middle) > 0.6 * n_workers
+
+
 def test_another_seed_is_another_search(tmp_path):
     first, second = (whole(tmp_path / s, overrides=[f"seed={s}"]).history for s in "12")
     assert first != second

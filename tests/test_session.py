@@ -218,3 +218,17 @@ def test_the_driver_takes_one_thread_and_leaves_the_cores_to_the_fits(tmp_path):
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("search", ["search=annealing", "search=tpe", "ga.mode=steady_state"])
+def test_without_generations_halving_is_off_and_that_is_said(tmp_path, search):
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    config = checked(compose([*OVERRIDES, search]))
+    assert config.rungs
+    with opened(config, tmp_path, console) as session:
+        assert session.config.rungs == ()
+        assert session.evaluator._config.rungs == ()
+    assert console.file.getvalue().count("Halving: off (") == 1
+    with opened(checked(compose(OVERRIDES)), tmp_path, console) as session:
+        assert session.config.rungs
+    assert console.file.getvalue().count("Halving: off (") == 1

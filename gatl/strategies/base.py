@@ -1,5 +1,6 @@
 """What every strategy is: an Optuna sampler that is a pure function of the record."""
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,12 +47,19 @@ class Strategy(BaseSampler):
         """
 
     @abstractmethod
-    def propose(self, number: int, record: Sequence[FrozenTrial]) -> Chromosome:
+    def propose(
+        self,
+        number: int,
+        record: Sequence[FrozenTrial],
+        pending: Sequence[Chromosome] = (),
+    ) -> Chromosome:
         """Return the chromosome of a trial.
 
         Args:
             number: The trial's number.
             record: All trials numbered below ``horizon(number)``, in order, ended.
+            pending: The chromosomes of the trials from there up to this one, in order;
+                whether those have ended is nothing that a strategy may know.
 
         Returns:
             A canonical chromosome of the space.
@@ -93,14 +101,18 @@ class Strategy(BaseSampler):
             RuntimeError: If a trial that it depends on has not ended.
         """
         horizon = self.horizon(trial.number)
-        record = study.get_trials(deepcopy=False)[:horizon]
+        trials = study.get_trials(deepcopy=False)
+        record, between = trials[:horizon], trials[horizon : trial.number]
         for earlier in record:
             if not earlier.state.is_finished():
                 raise RuntimeError(
                     f"Trial {trial.number} depends on every trial numbered below {horizon}, "
                     f"but trial {earlier.number} is {earlier.state.name}."
                 )
-        return self.space.to_dict(self.propose(trial.number, record))
+        # One that was cut off while it was asked for has no genes, or not all of them.
+        whole = itertools.takewhile(lambda t: len(t.params) == len(self.space.names), between)
+        pending = [self.space.from_dict(earlier.params) for earlier in whole]
+        return self.space.to_dict(self.propose(trial.number, record, pending))
 
     def sample_independent(
         self,

@@ -2,16 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import best_distinct, rank_key
 from gatl.strategies.base import Strategy
-from gatl.strategies.operators.crossover import two_point_crossover
-from gatl.strategies.operators.mutation import mutate
-from gatl.strategies.operators.tournament import tournament
+from gatl.strategies.operators.breeding import Breeding, breed
+from gatl.strategies.steady_state import SteadyState
 from gatl.streams import Purpose, generator
+
+
+def of_mode(mode: str, *, n_elites: int, lag: int, **settings: Any) -> Strategy:
+    """Build a genetic algorithm: `Genetic` for ``generational``, `SteadyState` for that.
+
+    Args:
+        mode: One of the two.
+        n_elites: Of the first; the second keeps its best anyway.
+        lag: Of the second.
+        settings: What both take.
+
+    Raises:
+        ValueError: If the mode is neither.
+    """
+    if mode == "generational":
+        return Genetic(n_elites=n_elites, **settings)
+    if mode == "steady_state":
+        return SteadyState(lag=lag, **settings)
+    raise ValueError(f"mode must be generational or steady_state, but got {mode!r}.")
 
 
 @dataclass(frozen=True)
@@ -41,21 +61,18 @@ class Genetic(Strategy):
     population before it: its own trials and its elites, which are the best
     distinct chromosomes of all earlier generations and are not tried again.
     Parents come from tournaments; two cross over into two children, and both
-    are mutated and kept.
-
-    Departure from the textbook: a child that equals a chromosome already tried
-    teaches nothing, so it may be mutated again a few times.
+    are mutated and kept, see `breed`.
 
     Args:
         space: The genes to search.
         seed: The run's seed, in [0, 2**32).
         initial: Chromosomes that generation 0 begins with.
         pop: Population size, in [2, inf).
-        tournament_size: Individuals in a tournament, in [1, inf).
-        crossover_prob: Probability that a pair crosses over, in [0, 1].
-        mutation_prob: Probability that a gene is redrawn, in [0, 1].
+        tournament_size: See `Breeding`, as the others of these.
+        crossover_prob: See there.
+        mutation_prob: See there.
         n_elites: Elites, in [0, pop).
-        duplicate_retries: How often at most a known child is mutated again, in [0, inf).
+        duplicate_retries: See there.
     """
 
     def __init__(
@@ -77,11 +94,8 @@ class Genetic(Strategy):
             )
         super().__init__(space=space, seed=seed, initial=initial)
         self.pop = pop
-        self.tournament_size = tournament_size
-        self.crossover_prob = crossover_prob
-        self.mutation_prob = mutation_prob
         self.n_elites = n_elites
-        self.duplicate_retries = duplicate_retries
+        self.breeding = Breeding(tournament_size, crossover_prob, mutation_prob, duplicate_retries)
         # The last result and what it came from: no state, it only saves doing the same again.
         self._memo: tuple[_Lineage, list[Chromosome]] = _START, []
 
@@ -101,7 +115,12 @@ class Genetic(Strategy):
         """Return the first number of the trial's generation: it depends on no later trial."""
         return self._first(self.generation(number))
 
-    def propose(self, number: int, record: Sequence[FrozenTrial]) -> Chromosome:
+    def propose(
+        self,
+        number: int,
+        record: Sequence[FrozenTrial],
+        pending: Sequence[Chromosome] = (),
+    ) -> Chromosome:
         """Return the chromosome of a trial, see `Strategy.propose`."""
         generation = self.generation(number)
         if generation == 0:
@@ -144,16 +163,9 @@ class Genetic(Strategy):
         offspring: list[Chromosome] = []
         for pair in range((self._n_offspring + 1) // 2):
             rng = generator(self.seed, Purpose.OFFSPRING, generation, pair)
-            a = parents[tournament(len(parents), self.tournament_size, rng)]
-            b = parents[tournament(len(parents), self.tournament_size, rng)]
-            if rng.random() < self.crossover_prob:
-                a, b = two_point_crossover(a, b, rng)
-            for crossed in (a, b)[: self._n_offspring - len(offspring)]:  # an odd last one is lost
-                child = mutate(crossed, self.space, self.mutation_prob, rng)
-                for _ in range(self.duplicate_retries):
-                    if child not in known:
-                        break
-                    child = mutate(child, self.space, self.mutation_prob, rng)
+            # An odd last one is lost.
+            children = breed(parents, known, self.space, self.breeding, rng)
+            for child in islice(children, self._n_offspring - len(offspring)):
                 known.add(child)
                 offspring.append(child)
         return offspring

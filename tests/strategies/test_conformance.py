@@ -1,18 +1,21 @@
 """What every strategy must keep, whatever it searches by.
 
-A strategy is a pure function of (seed, number, record). A new one adds a line
-to `STRATEGIES`.
+A strategy is a pure function of (seed, number, record). Every YAML in conf/search is
+one; a new one adds a line to `SMALL`.
 """
 
+import functools
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution
@@ -20,35 +23,74 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+import gatl.conf
 from gatl.chromosome import Chromosome, Gene, SearchSpace
+from gatl.cli import compose
+from gatl.config import checked
 from gatl.strategies.base import Strategy
-from gatl.strategies.genetic import Genetic
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 INITIAL = ({"included_layers": 58, "frozen_layers": 0, "learning_rate": 1e-3}, {"dropout": 0.5})
 Make = Callable[[SearchSpace, int], Strategy]
 
+# What makes each strategy show in a few trials what it does.
+SMALL = {
+    "genetic": ["ga.pop=5", "ga.n_elites=2", "ga.duplicate_retries=3"],
+    "steady_state": ["ga.mode=steady_state", "ga.pop=4", "search.lag=2"],
+    "annealing": ["search.chains=2", "search.n_opening=2", "search.patience=2"],
+    "regularized_evolution": ["search.population_size=4", "search.lag=2"],
+    "tpe": ["search.lag=2", "+search.sampler.n_startup_trials=4"],
+    "cmaes": ["search.lag=2"],
+    "gp": ["search.lag=2", "+search.sampler.n_startup_trials=4"],
+    "nsga2": ["search.lag=2", "ga.pop=4"],
+    "random": ["search.lag=3"],
+}
+YAMLS = sorted(path.stem for path in (Path(gatl.conf.__file__).parent / "search").glob("*.yaml"))
+STRATEGIES = [*YAMLS, "steady_state"]
+SLOW = {"gp"}
+"""It thinks for a good part of a second a trial."""
+BLIND = {"random"}
+"""It looks at no result."""
 
-def genetic(space: SearchSpace, seed: int) -> Strategy:
-    return Genetic(
-        space=space,
-        seed=seed,
-        initial=INITIAL,
-        pop=5,
-        tournament_size=2,
-        crossover_prob=0.9,
-        mutation_prob=0.25,
-        n_elites=2,
-        duplicate_retries=3,
-    )
+
+@functools.cache
+def settings_of(name: str) -> dict[str, Any]:
+    search = "genetic" if name == "steady_state" else name
+    return checked(compose([f"search={search}", *SMALL[name]])).search
 
 
-STRATEGIES: dict[str, Make] = {"genetic": genetic}
+def build(name: str, space: SearchSpace, seed: int) -> Strategy:
+    """Build a strategy as a run does, from its YAML."""
+    partial = instantiate(settings_of(name), _partial_=True, _convert_="all")
+    strategy: Strategy = partial(space=space, seed=seed, initial=INITIAL)
+    return strategy
 
 
-@pytest.fixture(params=list(STRATEGIES))
-def make(request: pytest.FixtureRequest) -> Make:
-    return STRATEGIES[request.param]
+@pytest.fixture(params=STRATEGIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def n(name: str) -> int:
+    """Trials of a search that shows what a strategy does."""
+    return 8 if name in SLOW else 20
+
+
+@pytest.fixture
+def make(name: str) -> Make:
+    return functools.partial(build, name)
+
+
+def proposed(strategy: Strategy, number: int, trials: Sequence[FrozenTrial]) -> Chromosome:
+    """Return what a trial is, given all trials below it."""
+    horizon = strategy.horizon(number)
+    pending = [strategy.space.from_dict(trial.params) for trial in trials[horizon:number]]
+    return strategy.propose(number, list(trials[:horizon]), pending)
+
+
+def test_every_strategy_is_tested() -> None:
+    assert set(SMALL) == set(STRATEGIES)
 
 
 def new_study(strategy: Strategy, storage: BaseStorage | None = None) -> optuna.Study:
@@ -84,14 +126,14 @@ def search(
 
 
 def test_the_same_seed_gives_the_same_search_and_another_seed_another(
-    make: Make, space: SearchSpace
+    make: Make, space: SearchSpace, n: int
 ) -> None:
-    first = search(make(space, 7), 20)
-    assert search(make(space, 7), 20) == first
-    assert search(make(space, 8), 20) != first
+    first = search(make(space, 7), n)
+    assert search(make(space, 7), n) == first
+    assert search(make(space, 8), n) != first
 
 
-def test_another_process_finds_the_same(make: Make, space: SearchSpace, tmp_path: Path) -> None:
+def test_another_process_finds_the_same(name: str, space: SearchSpace, n: int) -> None:
     script = (
         "import importlib.util, json, sys\n"
         "def load(name, path):\n"
@@ -101,68 +143,89 @@ def test_another_process_finds_the_same(make: Make, space: SearchSpace, tmp_path
         "    return module\n"
         "tests = load('conformance', sys.argv[1])\n"
         "space = tests.SearchSpace(tuple(tests.Gene(*gene) for gene in json.loads(sys.argv[2])))\n"
-        "found = tests.search(getattr(tests, sys.argv[3])(space, 7), 15)\n"
-        "assert 'torch' not in sys.modules\n"
+        "found = tests.search(tests.build(sys.argv[3], space, 7), int(sys.argv[4]))\n"
+        "assert sys.argv[3] == 'gp' or 'torch' not in sys.modules\n"
         "print(json.dumps(found))\n"
     )
     genes = json.dumps([[gene.name, gene.low, gene.high, gene.log] for gene in space.genes])
     done = subprocess.run(
-        [sys.executable, "-c", script, __file__, genes, make.__name__],
+        [sys.executable, "-c", script, __file__, genes, name, str(n)],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [tuple(values) for values in json.loads(done.stdout)] == search(make(space, 7), 15)
+    assert [tuple(values) for values in json.loads(done.stdout)] == search(build(name, space, 7), n)
 
 
-@pytest.mark.parametrize("fresh_after", range(1, 15))
-def test_a_resumed_search_is_the_one_never_killed(
-    make: Make, space: SearchSpace, tmp_path: Path, fresh_after: int
+def test_resumed_after_any_trial_it_is_the_search_never_killed(
+    name: str, make: Make, space: SearchSpace, tmp_path: Path, n: int
 ) -> None:
-    journal = str(tmp_path / "study.journal")
-    strategy = make(space, 3)
-    search(strategy, fresh_after, new_study(strategy, JournalStorage(JournalFileBackend(journal))))
-    strategy = make(space, 3)  # a fresh object on a freshly opened journal
-    study = new_study(strategy, JournalStorage(JournalFileBackend(journal)))
-    assert search(strategy, 15, study) == search(make(space, 3), 15)
+    expected = search(make(space, 3), n)
+    for fresh_after in (6,) if name in SLOW else range(1, n):
+        journal = str(tmp_path / f"{fresh_after}.journal")
+        strategy = make(space, 3)
+        backend = JournalFileBackend(journal)
+        search(strategy, fresh_after, new_study(strategy, JournalStorage(backend)))
+        strategy = make(space, 3)  # a fresh object on a freshly opened journal
+        study = new_study(strategy, JournalStorage(JournalFileBackend(journal)))
+        assert search(strategy, n, study) == expected
 
 
-def test_a_used_object_serves_another_study(make: Make, space: SearchSpace) -> None:
+def test_a_used_object_serves_another_study(make: Make, space: SearchSpace, n: int) -> None:
     strategy = make(space, 3)
     study = new_study(strategy)
-    for number in range(20):  # the same numbers with other outcomes
+    for number in range(n):  # the same numbers with other outcomes
         study.ask(fixed_distributions=strategy.distributions())
         study.tell(number, 1 / (1 + number))
-    assert search(strategy, 20) == search(make(space, 3), 20)
+    assert search(strategy, n) == search(make(space, 3), n)
 
 
-def test_the_order_of_asking_and_ending_does_not_matter(make: Make, space: SearchSpace) -> None:
+def test_the_order_of_asking_and_ending_does_not_matter(
+    make: Make, space: SearchSpace, n: int
+) -> None:
     """All trials whose horizon allows it are asked at once and end in the opposite order."""
     strategy = make(space, 5)
     study = new_study(strategy)
     running: list[int] = []
-    while len(study.trials) < 20 or running:
+    while len(study.trials) < n or running:
         asked = len(study.trials)
-        if asked < 20 and all(number >= strategy.horizon(asked) for number in running):
+        if asked < n and all(number >= strategy.horizon(asked) for number in running):
             running.append(study.ask(fixed_distributions=strategy.distributions()).number)
         else:
             tell(study, study.trials[running.pop()])
     found = [tuple(trial.params[name] for name in space.names) for trial in study.trials]
-    assert found == search(make(space, 5), 20)
+    assert found == search(make(space, 5), n)
 
 
-def test_proposals_are_a_function_of_their_arguments(make: Make, space: SearchSpace) -> None:
+def test_proposals_are_a_function_of_their_arguments(
+    name: str, make: Make, space: SearchSpace, n: int
+) -> None:
     strategy = make(space, 5)
     study = new_study(strategy)
-    expected = search(strategy, 20, study)
+    expected = search(strategy, n, study)
     record = study.trials  # deep copies: equal, but other objects
-    for number in reversed(range(20)):
-        assert strategy.propose(number, record[: strategy.horizon(number)]) == expected[number]
-    assert strategy.propose(19, record[: strategy.horizon(19)]) == expected[19]
-    other = study.trials[: strategy.horizon(19)]  # as long, with other outcomes
+    for number in reversed(range(n)):
+        assert proposed(strategy, number, record) == expected[number]
+    last = n - 1
+    assert proposed(strategy, last, record) == expected[last]
+    other = study.trials  # as many, with other outcomes
     for trial in other:
         trial.state, trial.value = TrialState.COMPLETE, 1 / (1 + trial.number)
-    assert strategy.propose(19, other) == make(space, 5).propose(19, other) != expected[19]
+    found = proposed(strategy, last, other)
+    assert found == proposed(make(space, 5), last, other)
+    assert name in BLIND or found != expected[last]
+
+
+def test_what_lies_beyond_the_horizon_does_not_matter(
+    make: Make, space: SearchSpace, n: int
+) -> None:
+    strategy = make(space, 5)
+    study = new_study(strategy)
+    expected = search(strategy, n, study)
+    trials = study.trials
+    for trial in trials[strategy.horizon(n - 1) :]:
+        trial.state, trial.values = TrialState.RUNNING, None
+    assert proposed(strategy, n - 1, trials) == expected[n - 1]
 
 
 def test_horizon_is_never_beyond_the_trial(make: Make, space: SearchSpace) -> None:
@@ -176,48 +239,47 @@ def test_asking_too_early_is_refused(make: Make, space: SearchSpace) -> None:
     study = new_study(strategy)
     number = next(number for number in range(100) if strategy.horizon(number))
     for _ in range(number):
-        study.ask()
+        study.ask(fixed_distributions=strategy.distributions())
     with pytest.raises(RuntimeError, match=rf"Trial {number} depends on .* trial 0 is RUNNING"):
         study.ask(fixed_distributions=strategy.distributions())
 
 
-def test_both_ways_of_asking_give_every_gene_exactly(make: Make, space: SearchSpace) -> None:
+def test_both_ways_of_asking_give_every_gene_exactly(
+    make: Make, space: SearchSpace, n: int
+) -> None:
     fixed = Gene("learning_rate", 1e-3, 1e-3)
     added = Gene("weight_decay", 1e-6, 1e-2, log=True)
     space = SearchSpace((*space.genes[:2], fixed, space.genes[3], added))
     strategy = make(space, 1)
     study = new_study(strategy)
-    for number in range(12):
+    for number in range(min(n, 12)):
+        genes = space.to_dict(proposed(strategy, number, study.get_trials(deepcopy=False)))
         trial = study.ask()
-        record = study.get_trials(deepcopy=False)[: strategy.horizon(number)]
-        proposed = space.to_dict(strategy.propose(number, record))
-        assert trial.relative_params == proposed
+        assert trial.relative_params == genes
         for name, distribution in strategy.distributions().items():
             trial._suggest(name, distribution)
         params = study.trials[number].params
-        assert params == proposed
+        assert params == genes
         assert [type(params[gene.name]) for gene in space.genes] == [g.kind for g in space.genes]
         assert params["learning_rate"] == 1e-3
         study.tell(number, params["weight_decay"])
 
 
-@pytest.mark.parametrize("n_recorded", range(5))
-def test_a_trial_killed_during_ask_gets_the_same_genes(
-    make: Make, space: SearchSpace, n_recorded: int
-) -> None:
-    expected = search(make(space, 2), 9)
-    strategy = make(space, 2)
-    study = new_study(strategy)
-    search(strategy, 8, study)
-    killed = study.ask()
-    recorded = list(strategy.distributions().items())[:n_recorded]
-    for name, distribution in recorded:
-        killed._suggest(name, distribution)
-    study.sampler = make(space, 2)
-    again = optuna.Trial(study, killed._trial_id)
-    for name, distribution in strategy.distributions().items():
-        again._suggest(name, distribution)
-    assert tuple(study.trials[8].params[name] for name in space.names) == expected[8]
+def test_a_trial_killed_during_ask_gets_the_same_genes(make: Make, space: SearchSpace) -> None:
+    expected = search(make(space, 2), 7)
+    for n_recorded in range(5):
+        strategy = make(space, 2)
+        study = new_study(strategy)
+        search(strategy, 6, study)
+        killed = study.ask()
+        recorded = list(strategy.distributions().items())[:n_recorded]
+        for gene, distribution in recorded:
+            killed._suggest(gene, distribution)
+        study.sampler = make(space, 2)
+        again = optuna.Trial(study, killed._trial_id)
+        for gene, distribution in strategy.distributions().items():
+            again._suggest(gene, distribution)
+        assert tuple(study.trials[6].params[gene] for gene in space.names) == expected[6]
 
 
 def test_a_parameter_outside_the_space_is_refused(make: Make, space: SearchSpace) -> None:
@@ -233,16 +295,15 @@ def test_every_proposal_is_canonical_whatever_the_record(
 ) -> None:
     """Any space, ties, every state, and chromosomes of another sampler, unrepaired."""
     space = data.draw(spaces)
-    strategy = data.draw(st.sampled_from(list(STRATEGIES.values())))(
-        space, data.draw(st.integers(0, 2**32 - 1))
-    )
+    name = data.draw(st.sampled_from([name for name in STRATEGIES if name not in SLOW]))
+    strategy = build(name, space, data.draw(st.integers(0, 2**32 - 1)))
     states = data.draw(st.sampled_from([(1,), (2,), (3,), (1, 2, 3)]))
     record: list[FrozenTrial] = []
     for number in range(data.draw(st.integers(1, 20))):
-        proposed = strategy.propose(number, record[: strategy.horizon(number)])
-        assert proposed == space.repair(proposed)
-        assert [type(value) for value in proposed] == [gene.kind for gene in space.genes]
-        params = space.to_dict(proposed)
+        found = proposed(strategy, number, record)
+        assert found == space.repair(found)
+        assert [type(value) for value in found] == [gene.kind for gene in space.genes]
+        params = space.to_dict(found)
         if data.draw(st.booleans()):
             params["frozen_layers"] = next(
                 gene.high for gene in space.genes if gene.name == "frozen_layers"
@@ -282,14 +343,14 @@ def test_initial_chromosomes_are_clipped(make: Make) -> None:
 
 
 def test_the_record_survives_the_journal_to_the_bit(
-    make: Make, space: SearchSpace, tmp_path: Path
+    make: Make, space: SearchSpace, tmp_path: Path, n: int
 ) -> None:
     strategy = make(space, 6)
 
     def opened() -> optuna.Study:
         return new_study(strategy, JournalStorage(JournalFileBackend(str(tmp_path / "j"))))
 
-    asked = search(strategy, 10, opened())
+    asked = search(strategy, min(n, 10), opened())
     read: Sequence[FrozenTrial] = opened().trials
     assert [tuple(trial.params[name] for name in space.names) for trial in read] == asked
     assert isinstance(read[0].distributions["dropout"], FloatDistribution)

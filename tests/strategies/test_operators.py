@@ -1,5 +1,6 @@
 """The operators: inside the space always, and in distribution what DEAP's are."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -7,13 +8,14 @@ from collections.abc import Hashable, Iterable
 import numpy as np
 import pytest
 from deap import tools  # type: ignore[import-untyped]
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats  # type: ignore[import-untyped]
 
-from gatl.chromosome import Gene, SearchSpace
+from gatl.chromosome import Chromosome, Gene, SearchSpace
 from gatl.strategies.operators.crossover import two_point_crossover
 from gatl.strategies.operators.mutation import mutate
+from gatl.strategies.operators.neighbour import neighbour
 from gatl.strategies.operators.tournament import tournament
 
 
@@ -107,3 +109,76 @@ def test_a_fixed_gene_never_changes() -> None:
     )
     rng = np.random.default_rng(7)
     assert {mutate((58, 9, 0.5), space, 1.0, rng)[1:] for _ in range(300)} == {(9, 0.5)}
+
+
+def shares(space: SearchSpace, chromosome: Chromosome) -> list[float]:
+    """Return where each gene stands in its range, in its own scale, in [0, 1]."""
+    found = []
+    for gene, value in zip(space.genes, chromosome, strict=True):
+        low, high, x = (math.log(v) if gene.log else float(v) for v in (gene.low, gene.high, value))
+        found.append((x - low) / (high - low))
+    return found
+
+
+def test_neighbours_are_near_and_differ(space: SearchSpace) -> None:
+    rng = np.random.default_rng(0)
+    here = (40, 9, 1e-4, 0.5)
+    start = shares(space, here)
+    moves = np.array(
+        [
+            [
+                b - a
+                for a, b in zip(
+                    start, shares(space, neighbour(here, space, 0.05, rng)), strict=True
+                )
+            ]
+            for _ in range(4000)
+        ]
+    )
+    moved = moves != 0
+    # of four genes: each with probability 1/4, and one that is drawn for certain
+    assert moved.mean(0) == pytest.approx(np.full(4, 1 - 0.75 * 0.75), abs=0.03)
+    assert moved.any(1).all()
+    for column in (2, 3):  # normal, in the gene's own scale
+        sizes = moves[moved[:, column], column]
+        assert sizes.std() == pytest.approx(0.05, rel=0.06)
+        assert sizes.mean() == pytest.approx(0.0, abs=0.005)
+
+
+def test_whole_numbers_move_by_one_at_least(space: SearchSpace) -> None:
+    rng = np.random.default_rng(0)
+    found = [neighbour((40, 9, 1e-4, 0.5), space, 1e-6, rng) for _ in range(400)]
+    assert {c[0] for c in found} == {39, 40, 41}
+    assert {c[1] for c in found} == {8, 9, 10}
+
+
+def test_moves_are_reflected_at_the_ends() -> None:
+    space = SearchSpace(
+        (Gene("included_layers", 1, 2), Gene("frozen_layers", 0, 0), Gene("dropout", 0.0, 0.5))
+    )
+    rng = np.random.default_rng(0)
+    found = [neighbour((1, 0, 0.5), space, 0.2, rng) for _ in range(500)]
+    assert {c[0] for c in found} == {1, 2}
+    assert {c[1] for c in found} == {0}
+    dropouts = [c[2] for c in found if c[2] != 0.5]
+    assert all(0 <= x < 0.5 for x in dropouts)
+    # half a normal distribution: nothing piles up at the end
+    assert np.mean([0.5 - x for x in dropouts]) == pytest.approx(
+        0.1 * math.sqrt(2 / math.pi), rel=0.1
+    )
+
+
+def test_where_all_is_fixed_there_is_no_neighbour() -> None:
+    space = SearchSpace((Gene("included_layers", 7, 7), Gene("frozen_layers", 2, 2)))
+    assert neighbour((7, 2), space, 0.5, np.random.default_rng(0)) == (7, 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1), step=st.floats(1e-9, 1e3))
+def test_neighbours_are_inside_the_space(
+    spaces: st.SearchStrategy[SearchSpace], data: st.DataObject, seed: int, step: float
+) -> None:
+    space, rng = data.draw(spaces), np.random.default_rng(seed)
+    found = neighbour(space.draw(rng), space, step, rng)
+    assert found == space.repair(found)
+    assert [type(value) for value in found] == [gene.kind for gene in space.genes]

@@ -1,0 +1,402 @@
+"""``python -m gatl.compare``: the runs of a sweep beside one another."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from omegaconf import OmegaConf
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from rich.table import Table
+
+from gatl.cli import folder_named, help_requested, one_line_errors
+from gatl.errors import UserError
+from gatl.progress import format_count, format_duration, new_console
+from gatl.record import JOURNAL, outcome_of, told_after
+
+HELP = """\
+gatl.compare puts runs beside one another: those of a sweep, or all in a folder.
+Runs that differ by their seed alone are one group.
+
+  python -m gatl.compare runs=multirun/DATE/TIME
+
+It prints a table and saves it, with the best val_loss so far against trials and
+against time, as compare.html, compare.png and compare.csv in that folder. A
+sweep does so by itself at its end."""
+
+RESULT = "result.json"
+COLUMNS = (
+    *("group", "runs", "trials", "evaluations", "val_loss", "val_loss_sd"),
+    *("test_accuracy", "test_accuracy_sd", "search_seconds", "unfinished"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        folder: The run folder.
+        overrides: What it was started with, by key; the seed, which tells repetitions
+            apart, is not among them.
+        best: The lowest val_loss after each trial that has ended, by number; infinite
+            before one has completed.
+        times: Seconds after which the search knew each of `best_by_time`, rising.
+        best_by_time: The lowest val_loss at that time.
+        evaluations: Fits, without those whose result was known.
+        test_accuracy: Of the final model, in [0, 1]; None if there is none yet.
+    """
+
+    folder: Path
+    overrides: dict[str, str]
+    best: list[float]
+    times: list[float]
+    best_by_time: list[float]
+    evaluations: int
+    test_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed alone.
+
+    Attributes:
+        name: The overrides that tell it from other groups.
+        runs: At least one.
+    """
+
+    name: str
+    runs: list[Run]
+
+    def row(self) -> dict[str, Any]:
+        """Return its row of the table; None where nothing is known."""
+        losses = [run.best[-1] for run in self.runs if run.best and math.isfinite(run.best[-1])]
+        accuracies = [run.test_accuracy for run in self.runs if run.test_accuracy is not None]
+        times = [run.times[-1] for run in self.runs if run.times]
+        return {
+            "group": self.name,
+            "runs": len(self.runs),
+            "trials": _mean([len(run.best) for run in self.runs]),
+            "evaluations": _mean([run.evaluations for run in self.runs]),
+            "val_loss": _mean(losses),
+            "val_loss_sd": _sd(losses),
+            "test_accuracy": _mean(accuracies),
+            "test_accuracy_sd": _sd(accuracies),
+            "search_seconds": _mean(times),
+            "unfinished": len(self.runs) - len(accuracies),
+        }
+
+    def by_trials(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return numbers of trials (n,), and each run's best val_loss after so many (runs, n).
+
+        From where every run has one up to where the first run ends.
+        """
+        n = min(len(run.best) for run in self.runs)
+        best = np.array([run.best[:n] for run in self.runs])  # (runs, n)
+        known = np.isfinite(best).all(0)
+        return np.flatnonzero(known) + 1, best[:, known]
+
+    def by_time(self, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
+        """Return seconds (n,), and each run's best val_loss then (runs, n).
+
+        From where every run has one up to where the last run ends; one that has ended
+        keeps what it has.
+        """
+        if not all(run.times for run in self.runs):
+            return np.empty(0), np.empty((len(self.runs), 0))
+        begin = max(run.times[0] for run in self.runs)
+        seconds = np.linspace(begin, max(run.times[-1] for run in self.runs), points)
+        best = [
+            np.array(run.best_by_time)[np.searchsorted(run.times, seconds, side="right") - 1]
+            for run in self.runs
+        ]
+        return seconds, np.array(best)
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Read every run folder in a folder, or the folder itself if it is one.
+
+    Raises:
+        UserError: If there is none, or a record cannot be read.
+    """
+    journals = sorted(folder.rglob(JOURNAL), key=lambda path: _natural(path.parent))
+    if not journals:
+        raise UserError(
+            f"{folder} holds no run: give the folder of a sweep, runs=multirun/DATE/TIME."
+        )
+    return [_read(journal.parent) for journal in journals]
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Return what sorts job 10 behind job 9."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in path.parts]
+
+
+def _read(folder: Path) -> Run:
+    overrides = folder / ".hydra" / "overrides.yaml"
+    words = OmegaConf.load(overrides) if overrides.is_file() else []
+    given: dict[str, str] = {}
+    for word in words:
+        key, _, value = str(word).lstrip("+").partition("=")
+        given[key] = value
+    given.pop("seed", None)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    trials: list[FrozenTrial] = []
+    try:
+        storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        with contextlib.suppress(KeyError):  # a run that has only begun
+            trials = optuna.load_study(study_name="gatl", storage=storage).get_trials()
+    except ValueError as error:
+        raise UserError(f"{folder / JOURNAL} cannot be read: {error}") from error
+    ended = [trial for trial in trials if trial.state.is_finished()]
+    losses = [
+        trial.values[0] if trial.state is TrialState.COMPLETE else math.inf for trial in ended
+    ]
+    told = sorted(
+        (told_after(trial), loss)
+        for trial, loss in zip(ended, losses, strict=True)
+        if math.isfinite(loss)
+    )
+    result = folder / RESULT
+    accuracy = None
+    if result.is_file():
+        accuracy = json.loads(result.read_text())["test"]["accuracy"]
+    return Run(
+        folder,
+        given,
+        best=[float(loss) for loss in np.minimum.accumulate(losses)] if losses else [],
+        times=[seconds for seconds, _ in told],
+        best_by_time=[float(x) for x in np.minimum.accumulate([loss for _, loss in told])]
+        if told
+        else [],
+        evaluations=sum(outcome_of(trial).reused_from is None for trial in ended),
+        test_accuracy=accuracy,
+    )
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Group runs by the overrides that differ, in the order of their first run."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
+    differing = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        words = [f"{key}={run.overrides.get(key, '(default)')}" for key in differing]
+        groups.setdefault(", ".join(words) or "all runs", []).append(run)
+    return [Group(name, members) for name, members in groups.items()]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _ranked(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return the rows, lowest mean val_loss first."""
+    rows = [group.row() for group in groups]
+    return sorted(rows, key=lambda r: math.inf if r["val_loss"] is None else r["val_loss"])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Write a row for people."""
+
+    def spread(name: str, form: str) -> str:
+        mean, sd = row[name], row[f"{name}_sd"]
+        if mean is None:
+            return "-"
+        return format(mean, form) + ("" if sd is None else f" ± {format(sd, form)}")
+
+    seconds = row["search_seconds"]
+    return [
+        row["group"],
+        str(row["runs"]) + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else ""),
+        f"{row['trials']:.0f}",
+        f"{row['evaluations']:.0f}",
+        spread("val_loss", ".4f"),
+        spread("test_accuracy", ".1%"),
+        "-" if seconds is None else format_duration(seconds),
+    ]
+
+
+HEADERS = ("", "runs", "trials", "fits", "best val_loss", "test accuracy", "search")
+
+
+def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
+    """Draw the best val_loss so far against trials and against time."""
+    import matplotlib as mpl
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # that it looks for fonts
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "gatl", "font.size": 10}
+    with mpl.rc_context(style):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+        longest = max((run.times[-1] for g in groups for run in g.runs if run.times), default=0.0)
+        unit, name = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
+        lines = {}
+        for i, group in enumerate(groups):
+            look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+            for ax, (x, best), scale in (
+                (axes[0], group.by_trials(), 1.0),
+                (axes[1], group.by_time(), unit),
+            ):
+                if not len(x):
+                    continue
+                mean = best.mean(0)
+                (lines[group.name],) = ax.step(x / scale, mean, where="post", **look)
+                if len(best) > 1:
+                    sd = best.std(0, ddof=1)
+                    low, high = mean - sd, mean + sd
+                    ax.fill_between(
+                        x / scale, low, high, step="post", color=look["color"], alpha=0.15, lw=0
+                    )
+        axes[0].set(xlabel="trials", ylabel="best val_loss so far")
+        axes[1].set(xlabel=f"time, {name}")
+        for ax in axes:
+            ax.grid(alpha=0.3)
+            ax.spines[["top", "right"]].set_visible(False)
+        figure.legend(
+            lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False
+        )
+        figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png, dpi=150)
+        plt.close(figure)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>gatl: {title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }}
+body {{ padding: 0 1rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .3rem .8rem; text-align: right; white-space: nowrap; }}
+th, td {{ border-bottom: 1px solid #8886; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; }}
+figure {{ margin: 2rem 0; background: #fff; border-radius: 6px; }}
+figure svg {{ width: 100%; height: auto; }}
+figcaption, .note {{ color: #888; font-size: .9rem; }}
+figcaption {{ background: Canvas; padding-top: .5rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div class="wide"><table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table></div>
+<p class="note">Mean ± standard deviation over the runs of a group, which differ by their seed;
+lowest mean val_loss first. Fits are trials without those whose chromosome had been evaluated
+before.</p>
+<figure>{svg}<figcaption>The lowest val_loss so far: mean over the runs and, as a band, one standard
+deviation to either side. Against time, a run that has ended keeps what it found.</figcaption>
+</figure>
+<h2>Runs</h2>
+<ul>
+{runs}
+</ul>
+</body>
+</html>
+"""
+
+
+def save(groups: Sequence[Group], folder: Path) -> None:
+    """Write ``compare.html``, ``compare.png`` and ``compare.csv`` into a folder.
+
+    Raises:
+        UserError: If they cannot be written.
+    """
+    rows = _ranked(groups)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    svg = folder / "compare.svg"
+    try:
+        _picture(groups, svg, folder / "compare.png")
+        drawing = svg.read_text()
+        svg.unlink()
+        (folder / "compare.csv").write_text(text.getvalue())
+        page = _PAGE.format(
+            title=escape(
+                format_count(sum(len(group.runs) for group in groups), "run") + " compared"
+            ),
+            head="".join(f"<th>{escape(name)}</th>" for name in HEADERS),
+            rows="\n".join(
+                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
+                for row in rows
+            ),
+            svg=drawing[drawing.index("<svg") :],
+            runs="\n".join(
+                f"<li>{escape(str(run.folder.relative_to(folder)))}: {escape(group.name)}</li>"
+                for group in groups
+                for run in group.runs
+            ),
+        )
+        (folder / "compare.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror}.") from error
+
+
+def compare(folder: Path) -> None:
+    """Compare the runs in a folder: print the table, save page, picture and table.
+
+    Raises:
+        UserError: If there is nothing to compare.
+    """
+    groups = grouped(read_runs(folder))
+    console = new_console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(HEADERS):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in _ranked(groups):
+        table.add_row(*_cells(row))
+    console.print(table)
+    save(groups, folder)
+    console.print(f"Plots: {folder / 'compare.html'}", soft_wrap=True)
+
+
+def main() -> None:
+    """Compare the runs that the command line names."""
+    words = sys.argv[1:]
+    if help_requested(words, HELP):
+        return
+    with one_line_errors():
+        if len(words) != 1 or not words[0].startswith("runs="):
+            raise UserError(
+                "Give one folder of runs: python -m gatl.compare runs=multirun/DATE/TIME"
+            )
+        folder = folder_named(words[0].removeprefix("runs="))
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: give runs=multirun/DATE/TIME.")
+        compare(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

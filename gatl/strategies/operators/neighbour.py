@@ -1,0 +1,53 @@
+"""Moves to a neighbour."""
+
+import math
+
+import numpy as np
+
+from gatl.chromosome import Chromosome, Gene, SearchSpace, Value
+
+
+def neighbour(
+    chromosome: Chromosome, space: SearchSpace, step: float, rng: np.random.Generator
+) -> Chromosome:
+    """Move one gene or a few by about ``step`` of their range, then repair.
+
+    Each gene moves with probability 1 / n, and at least one does. A move is normal in
+    the gene's own scale (its logarithm where the gene says so) and reflected at the ends
+    of the range; a whole number moves by at least 1. This is the mutation of evolution
+    strategies (Schwefel 1981, "Numerical Optimization of Computer Models") with a step
+    for each gene.
+
+    Args:
+        chromosome: One number for each gene of the space.
+        space: The ranges.
+        step: Standard deviation of a move, as a share of the gene's range, in (0, inf).
+        rng: The source of chance.
+
+    Returns:
+        A canonical chromosome of the space; the same one if repair undoes the move, or
+        if every gene is fixed.
+    """
+    free = [i for i, gene in enumerate(space.genes) if gene.low < gene.high]
+    if not free:
+        return space.repair(chromosome)
+    moves = rng.random(len(free)) < 1 / len(free)
+    moves[rng.integers(len(free))] = True
+    values = list(chromosome)
+    for i, hit in zip(free, moves, strict=True):
+        if hit:
+            values[i] = _moved(space.genes[i], values[i], step, rng)
+    return space.repair(values)
+
+
+def _moved(gene: Gene, value: Value, step: float, rng: np.random.Generator) -> float:
+    low, high, x = (math.log(v) if gene.log else v for v in (gene.low, gene.high, value))
+    width = high - low
+    if width == 0:  # the logarithms of neighbouring numbers
+        return value
+    shift = rng.normal(0.0, step * width)
+    if gene.kind is int and not gene.log:
+        shift = math.copysign(max(abs(shift), 1.0), shift)
+    ahead = (x + shift - low) % (2 * width)  # a reflected line has twice the range as its period
+    y = low + min(ahead, 2 * width - ahead)
+    return math.exp(y) if gene.log else y

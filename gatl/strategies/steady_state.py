@@ -1,0 +1,115 @@
+"""The genetic algorithm without generations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from optuna.trial import FrozenTrial
+
+from gatl.chromosome import Chromosome, SearchSpace, Value
+from gatl.ranking import best_distinct
+from gatl.strategies.base import Strategy
+from gatl.strategies.operators.breeding import Breeding, breed
+from gatl.streams import Purpose, generator
+
+
+@dataclass(frozen=True)
+class _Lineage:
+    """What some trials leave behind.
+
+    Attributes:
+        record: Those trials.
+        population: The best distinct chromosomes, best first, each with its best trial.
+        known: Every chromosome among them.
+    """
+
+    record: list[FrozenTrial]
+    population: dict[Chromosome, FrozenTrial]
+    known: frozenset[Chromosome]
+
+
+_START = _Lineage([], {}, frozenset())
+
+
+class SteadyState(Strategy):
+    """A steady-state genetic algorithm (Whitley 1989, GENITOR; Syswerda 1991).
+
+    After ``pop`` trials, the initial chromosomes and random ones, two parents at a time
+    have two children, see `breed`. The population is the ``pop`` best distinct
+    chromosomes: a child takes the place of the worst, if it is better.
+
+    It is asynchronous: a pair looks at the trials that are more than ``lag`` older, so
+    that ``lag + 1`` fits can run at once and the search is still a function of its record.
+
+    Args:
+        space: The genes to search.
+        seed: The run's seed, in [0, 2**32).
+        initial: Chromosomes that it begins with.
+        pop: Population size, in [2, inf).
+        tournament_size: See `Breeding`, as the others of these.
+        crossover_prob: See there.
+        mutation_prob: See there.
+        duplicate_retries: See there.
+        lag: In [0, inf).
+    """
+
+    def __init__(
+        self,
+        *,
+        space: SearchSpace,
+        seed: int,
+        initial: Sequence[Mapping[str, Value]] = (),
+        pop: int,
+        tournament_size: int,
+        crossover_prob: float,
+        mutation_prob: float,
+        duplicate_retries: int,
+        lag: int,
+    ) -> None:
+        if not (isinstance(lag, int) and lag >= 0):
+            raise ValueError(f"`lag >= 0` must hold, a whole number, but got {lag!r}.")
+        super().__init__(space=space, seed=seed, initial=initial)
+        self.pop = pop
+        self.lag = lag
+        self.breeding = Breeding(tournament_size, crossover_prob, mutation_prob, duplicate_retries)
+        self._memo = _START  # the last lineage: it only saves going through the record again
+
+    def _first(self, number: int) -> int:
+        """Return the number of the first child of a trial's pair."""
+        return number - (number - self.pop) % 2
+
+    def horizon(self, number: int) -> int:
+        """Return where the trials end that a trial's pair looks at."""
+        return 0 if number < self.pop else max(0, self._first(number) - self.lag)
+
+    def propose(
+        self,
+        number: int,
+        record: Sequence[FrozenTrial],
+        pending: Sequence[Chromosome] = (),
+    ) -> Chromosome:
+        """Return the chromosome of a trial, see `Strategy.propose`."""
+        if number < self.pop:
+            return self.opening(number)
+        lineage = self._lineage(list(record))
+        if not lineage.population:
+            return self.opening(number)
+        first = self._first(number)
+        known = lineage.known.union(pending[: first - len(record)])  # its sibling is not
+        rng = generator(self.seed, Purpose.OFFSPRING, first)
+        children: list[Chromosome] = []
+        for child in breed(list(lineage.population), known, self.space, self.breeding, rng):
+            children.append(child)
+        return children[number - first]
+
+    def _lineage(self, record: list[FrozenTrial]) -> _Lineage:
+        """Return what the record leaves behind; what a shorter one left is used again."""
+        before = self._memo
+        if before.record != record[: len(before.record)]:  # by identity, so fast
+            before = _START
+        new = record[len(before.record) :]
+        self._memo = _Lineage(
+            record,
+            best_distinct([*before.population.values(), *new], self.space, self.pop),
+            before.known.union(self.space.from_dict(trial.params) for trial in new),
+        )
+        return self._memo
