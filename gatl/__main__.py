@@ -228,30 +228,29 @@ def main() -> None:
             jobs = split_jobs(words)
             for overrides in jobs:
                 _check_images(checked(compose(overrides)))
-            _use_new_folder("hydra.sweep.dir", words, jobs[0])
+            folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
             try:
                 with _hydra_raises():
                     job()
             except UserError:  # of one job; the others are there
-                _compare(len(jobs))
+                _compare(folder)
                 raise
-            _compare(len(jobs))
+            _compare(folder)
         else:
             _check_images(checked(compose(words)))
             _use_new_folder("hydra.run.dir", words, words)
             job()
 
 
-def _compare(n_jobs: int) -> None:
+def _compare(folder: Path) -> None:
     """Put the runs of the sweep that has just ended beside one another, if they are several."""
     from gatl.compare import compare
 
-    folder = Path(HydraConfig.get().sweep.dir).absolute()
-    if n_jobs > 1 and any(folder.rglob("history.csv")):
+    if len(list(folder.rglob("history.csv"))) > 1:
         compare(folder)
 
 
-def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) -> None:
+def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) -> Path:
     """See to it that Hydra writes into no other run's folder.
 
     Args:
@@ -259,16 +258,22 @@ def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) ->
         words: The overrides of the command line, those of a sweep among them.
         overrides: Those of a run, or of one job of the sweep.
 
+    Returns:
+        The folder.
+
     Raises:
         UserError: If the user named a folder that holds a run.
     """
     given = [override for override in parse(words) if override.key_or_group == key]
     if not given:
-        sys.argv.insert(1, f"{key}={new_folder(default_folder(key, overrides))}")
-    elif key == "hydra.run.dir":  # each job of a sweep has one inside, which it looks at itself
-        folder = Path(str(given[-1].value()))
+        folder = new_folder(default_folder(key, overrides))
+        sys.argv.insert(1, f"{key}={folder}")
+        return folder.absolute()
+    folder = Path(str(given[-1].value())).absolute()
+    if key == "hydra.run.dir":  # each job of a sweep has one inside, which it looks at itself
         make_folder(folder)
         must_be_new(folder)
+    return folder
 
 
 @contextlib.contextmanager

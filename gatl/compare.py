@@ -147,9 +147,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _read(folder: Path) -> Run:
     overrides = folder / ".hydra" / "overrides.yaml"
-    words = OmegaConf.load(overrides) if overrides.is_file() else []
     given: dict[str, str] = {}
-    for word in words:
+    for word in OmegaConf.load(overrides) if overrides.is_file() else ():
         key, _, value = str(word).lstrip("+").partition("=")
         given[key] = value
     given.pop("seed", None)
