@@ -471,6 +471,19 @@ def test_budget_trials_cuts_or_extends_the_same_search(tmp_path, n):
     assert again.history == expected.history
 
 
+@pytest.mark.parametrize("search", SEARCHES, ids=" ".join)
+def test_budget_trials_cuts_or_extends_every_search(tmp_path, search):
+    """Be it in the first trials, of which there would be more."""
+    expected = whole(tmp_path / "long", overrides=[*search, "budget.trials=20"])
+    for n in (1, 4, 13):
+        folder = tmp_path / str(n)
+        run = whole(folder, FakeEvaluator(2), overrides=[*search, f"budget.trials={n}"])
+        assert rows(run.history) == rows(expected.history)[:n]
+        again = Run(folder, FakeEvaluator(4), overrides=[*search, "budget.trials=20"])
+        assert again() is Ending.COMPLETE
+        assert again.history == expected.history
+
+
 def test_a_smaller_budget_on_resume_leaves_what_lies_beyond_it(tmp_path):
     with pytest.raises(Killed):
         Run(tmp_path, view=Spy(2, kill))()

@@ -104,6 +104,9 @@ def tell(study: optuna.Study, trial: FrozenTrial) -> None:
     loss = abs(math.log10(trial.params["learning_rate"]) + 3) + trial.params["dropout"]
     if trial.number % 5 == 3:
         study.tell(trial.number, state=TrialState.FAIL)
+    elif trial.number % 11 == 5:
+        with pytest.warns(UserWarning, match="nan is not acceptable"):
+            study.tell(trial.number, math.nan)  # which makes it FAIL
     elif trial.number % 7 == 4:
         study._storage.set_trial_user_attr(
             trial._trial_id, "outcome", {"epochs": trial.number % 3, "val_loss": loss}
