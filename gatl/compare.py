@@ -74,7 +74,8 @@ class Group:
     """Runs that differ by their seed alone.
 
     Attributes:
-        name: The overrides that tell it from other groups.
+        name: What tells it from other groups: the value of the one override that
+            differs, or all overrides that do.
         runs: At least one.
     """
 
@@ -109,16 +110,15 @@ class Group:
         known = np.isfinite(best).all(0)
         return np.flatnonzero(known) + 1, best[:, known]
 
-    def by_time(self, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    def by_time(self, until: float, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
         """Return seconds (n,), and each run's best val_loss then (runs, n).
 
-        From where every run has one up to where the last run ends; one that has ended
-        keeps what it has.
+        From where every run has one up to ``until``; one that has ended keeps what it has.
         """
         if not all(run.times for run in self.runs):
             return np.empty(0), np.empty((len(self.runs), 0))
         begin = max(run.times[0] for run in self.runs)
-        seconds = np.linspace(begin, max(run.times[-1] for run in self.runs), points)
+        seconds = np.linspace(begin, max(begin, until), points)
         best = [
             np.array(run.best_by_time)[np.searchsorted(run.times, seconds, side="right") - 1]
             for run in self.runs
@@ -186,15 +186,22 @@ def _read(folder: Path) -> Run:
     )
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Group runs by the overrides that differ, in the order of their first run."""
+def grouped(runs: Sequence[Run]) -> tuple[str, list[Group]]:
+    """Group runs by the overrides that differ, in the order of their first run.
+
+    Returns:
+        What to call the groups: the one override that differs, or nothing; and the groups.
+    """
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
     differing = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        words = [f"{key}={run.overrides.get(key, '(default)')}" for key in differing]
-        groups.setdefault(", ".join(words) or "all runs", []).append(run)
-    return [Group(name, members) for name, members in groups.items()]
+        values = {key: run.overrides.get(key, "(default)") for key in differing}
+        words = [f"{key}={value}" for key, value in values.items()]
+        name = ", ".join(values.values() if len(values) == 1 else words)
+        groups.setdefault(name or "all runs", []).append(run)
+    heading = differing[0] if len(differing) == 1 else ""
+    return heading, [Group(name, members) for name, members in groups.items()]
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -223,7 +230,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     seconds = row["search_seconds"]
     return [
         row["group"],
-        str(row["runs"]) + (f" ({row['unfinished']} unfinished)" if row["unfinished"] else ""),
+        str(row["runs"]) + (f", {row['unfinished']} open" if row["unfinished"] else ""),
         f"{row['trials']:.0f}",
         f"{row['evaluations']:.0f}",
         spread("val_loss", ".4f"),
@@ -232,7 +239,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-HEADERS = ("", "runs", "trials", "fits", "best val_loss", "test accuracy", "search")
+HEADERS = ("runs", "trials", "fits", "best val_loss", "test", "search")
 
 
 def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
@@ -253,7 +260,7 @@ def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
             look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
             for ax, (x, best), scale in (
                 (axes[0], group.by_trials(), 1.0),
-                (axes[1], group.by_time(), unit),
+                (axes[1], group.by_time(longest), unit),
             ):
                 if not len(x):
                     continue
@@ -309,9 +316,11 @@ figcaption {{ background: Canvas; padding-top: .5rem; }}
 </table></div>
 <p class="note">Mean ± standard deviation over the runs of a group, which differ by their seed;
 lowest mean val_loss first. Fits are trials without those whose chromosome had been evaluated
-before.</p>
+before; test is the final models' accuracy on images that no search saw; search is the time that
+the search took; open are runs without a final model.</p>
 <figure>{svg}<figcaption>The lowest val_loss so far: mean over the runs and, as a band, one standard
-deviation to either side. Against time, a run that has ended keeps what it found.</figcaption>
+deviation to either side. Against trials, up to where the group's first run ends; against time, a
+run that has ended keeps what it found.</figcaption>
 </figure>
 <h2>Runs</h2>
 <ul>
@@ -322,7 +331,7 @@ deviation to either side. Against time, a run that has ended keeps what it found
 """
 
 
-def save(groups: Sequence[Group], folder: Path) -> None:
+def save(heading: str, groups: Sequence[Group], folder: Path) -> None:
     """Write ``compare.html``, ``compare.png`` and ``compare.csv`` into a folder.
 
     Raises:
@@ -343,7 +352,7 @@ def save(groups: Sequence[Group], folder: Path) -> None:
             title=escape(
                 format_count(sum(len(group.runs) for group in groups), "run") + " compared"
             ),
-            head="".join(f"<th>{escape(name)}</th>" for name in HEADERS),
+            head="".join(f"<th>{escape(name)}</th>" for name in (heading, *HEADERS)),
             rows="\n".join(
                 "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
                 for row in rows
@@ -366,15 +375,16 @@ def compare(folder: Path) -> None:
     Raises:
         UserError: If there is nothing to compare.
     """
-    groups = grouped(read_runs(folder))
+    heading, groups = grouped(read_runs(folder))
     console = new_console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(HEADERS):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column(heading, overflow="fold")
+    for name in HEADERS:
+        table.add_column(name, justify="right", no_wrap=True)
     for row in _ranked(groups):
         table.add_row(*_cells(row))
     console.print(table)
-    save(groups, folder)
+    save(heading, groups, folder)
     console.print(f"Plots: {folder / 'compare.html'}", soft_wrap=True)
 
 
