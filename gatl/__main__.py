@@ -154,10 +154,16 @@ def resume(folder: Path, overrides: Sequence[str]) -> None:
     run(config, folder, overrides)
 
 
-def _check_images(config: Config) -> None:
-    """Look for the user's own images; what is wrong there need not wait seconds for torch."""
+def _check(config: Config) -> None:
+    """Look for the user's own images, and at the strategy's settings.
+
+    What is wrong there need not wait seconds for torch, or hours for the other jobs of a sweep.
+    """
     if config.data.source["_target_"] == f"{image_folder.__name__}.{image_folder.load.__name__}":
         image_folder.find_splits(config.data.source["root"])
+    from gatl.strategies.build import build_strategy
+
+    build_strategy(config)
 
 
 def must_be_new(folder: Path) -> None:
@@ -227,7 +233,7 @@ def main() -> None:
         elif args.multirun:
             jobs = split_jobs(words)
             for overrides in jobs:
-                _check_images(checked(compose(overrides)))
+                _check(checked(compose(overrides)))
             folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
             try:
                 with _hydra_raises():
@@ -237,7 +243,7 @@ def main() -> None:
                 raise
             _compare(folder)
         else:
-            _check_images(checked(compose(words)))
+            _check(checked(compose(words)))
             _use_new_folder("hydra.run.dir", words, words)
             job()
 
@@ -269,7 +275,11 @@ def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) ->
         folder = new_folder(default_folder(key, overrides))
         sys.argv.insert(1, f"{key}={folder}")
         return folder.absolute()
-    folder = Path(str(given[-1].value())).absolute()
+    value = str(given[-1].value())
+    if "${" in value:  # as Hydra will resolve it, but once: the time goes on
+        value = str(default_folder(key, [*overrides, str(given[-1].input_line)]))
+        sys.argv[sys.argv.index(str(given[-1].input_line))] = f"{key}={value}"
+    folder = Path(value).absolute()
     if key == "hydra.run.dir":  # each job of a sweep has one inside, which it looks at itself
         make_folder(folder)
         must_be_new(folder)

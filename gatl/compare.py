@@ -1,6 +1,5 @@
 """``python -m gatl.compare``: the runs of a sweep beside one another."""
 
-import contextlib
 import csv
 import io
 import json
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import optuna
 from omegaconf import OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from rich.table import Table
 
 from gatl.cli import folder_named, help_requested, one_line_errors
 from gatl.errors import UserError
 from gatl.progress import format_count, format_duration, new_console
-from gatl.record import JOURNAL, outcome_of, told_after
+from gatl.record import JOURNAL, outcome_of, seconds_of, told_after
 
 HELP = """\
 gatl.compare puts runs beside one another: those of a sweep, or all in a folder.
@@ -38,6 +38,8 @@ against time, as compare.html, compare.png and compare.csv in that folder. A
 sweep does so by itself at its end."""
 
 RESULT = "result.json"
+NO_DIFFERENCE = ("seed", "evaluator.workers", "logger", "cache", "hydra")
+"""Overrides that make no other result, or tell repetitions apart."""
 COLUMNS = (
     *("group", "runs", "trials", "evaluations", "val_loss", "val_loss_sd"),
     *("test_accuracy", "test_accuracy_sd", "search_seconds", "unfinished"),
@@ -50,21 +52,24 @@ class Run:
 
     Attributes:
         folder: The run folder.
-        overrides: What it was started with, by key; the seed, which tells repetitions
-            apart, is not among them.
+        overrides: What it was started with, by key, but for `NO_DIFFERENCE`.
+        config: All of its configuration, and its choices of config groups, by key.
         best: The lowest val_loss after each trial that has ended, by number; infinite
             before one has completed.
         times: Seconds after which the search knew each of `best_by_time`, rising.
         best_by_time: The lowest val_loss at that time.
+        seconds: What the search has taken.
         evaluations: Fits, without those whose result was known.
         test_accuracy: Of the final model, in [0, 1]; None if there is none yet.
     """
 
     folder: Path
     overrides: dict[str, str]
+    config: dict[str, Any]
     best: list[float]
     times: list[float]
     best_by_time: list[float]
+    seconds: float
     evaluations: int
     test_accuracy: float | None
 
@@ -84,9 +89,8 @@ class Group:
 
     def row(self) -> dict[str, Any]:
         """Return its row of the table; None where nothing is known."""
-        losses = [run.best[-1] for run in self.runs if run.best and math.isfinite(run.best[-1])]
+        losses = [run.best[-1] for run in self.begun]
         accuracies = [run.test_accuracy for run in self.runs if run.test_accuracy is not None]
-        times = [run.times[-1] for run in self.runs if run.times]
         return {
             "group": self.name,
             "runs": len(self.runs),
@@ -96,48 +100,64 @@ class Group:
             "val_loss_sd": _sd(losses),
             "test_accuracy": _mean(accuracies),
             "test_accuracy_sd": _sd(accuracies),
-            "search_seconds": _mean(times),
+            "search_seconds": _mean([run.seconds for run in self.runs]),
             "unfinished": len(self.runs) - len(accuracies),
         }
 
-    def by_trials(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return numbers of trials (n,), and each run's best val_loss after so many (runs, n).
+    @property
+    def begun(self) -> list[Run]:
+        """The runs in which a trial has completed."""
+        return [run for run in self.runs if run.times]
 
-        From where every run has one up to where the first run ends.
+    def by_trials(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return numbers of trials (n,), and each begun run's best val_loss after so many.
+
+        The second is (runs, n). From where every run has one up to where the last ends;
+        one that has ended keeps what it has.
         """
-        n = min(len(run.best) for run in self.runs)
-        best = np.array([run.best[:n] for run in self.runs])  # (runs, n)
-        known = np.isfinite(best).all(0)
-        return np.flatnonzero(known) + 1, best[:, known]
+        n = max((len(run.best) for run in self.begun), default=0)
+        best = [[*run.best, *[run.best[-1]] * (n - len(run.best))] for run in self.begun]
+        table = np.reshape(best, (len(best), n))
+        known = np.isfinite(table).all(0)
+        return np.flatnonzero(known) + 1, table[:, known]
 
     def by_time(self, until: float, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
-        """Return seconds (n,), and each run's best val_loss then (runs, n).
+        """Return seconds (n,), and each begun run's best val_loss then (runs, n).
 
         From where every run has one up to ``until``; one that has ended keeps what it has.
         """
-        if not all(run.times for run in self.runs):
-            return np.empty(0), np.empty((len(self.runs), 0))
-        begin = max(run.times[0] for run in self.runs)
+        begin = max((run.times[0] for run in self.begun), default=until)
         seconds = np.linspace(begin, max(begin, until), points)
         best = [
             np.array(run.best_by_time)[np.searchsorted(run.times, seconds, side="right") - 1]
-            for run in self.runs
+            for run in self.begun
         ]
-        return seconds, np.array(best)
+        return seconds, np.reshape(best, (len(best), points))
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     """Read every run folder in a folder, or the folder itself if it is one.
 
+    Returns:
+        The runs, and a line for each that cannot be read.
+
     Raises:
-        UserError: If there is none, or a record cannot be read.
+        UserError: If there is none that can.
     """
-    journals = sorted(folder.rglob(JOURNAL), key=lambda path: _natural(path.parent))
-    if not journals:
+    runs, left_out = [], []
+    for journal in sorted(folder.rglob(JOURNAL), key=lambda path: _natural(path.parent)):
+        try:
+            runs.append(_read(journal.parent))
+        except Exception as error:  # whatever stands in a broken run must not cost the others
+            reason = " ".join(str(error).split())
+            left_out.append(f"left out: {journal.parent} ({type(error).__name__} {reason})")
+    if not runs:
         raise UserError(
-            f"{folder} holds no run: give the folder of a sweep, runs=multirun/DATE/TIME."
+            left_out[0]
+            if left_out
+            else f"{folder} holds no run: give the folder of a sweep, runs=multirun/DATE/TIME."
         )
-    return [_read(journal.parent) for journal in journals]
+    return runs, left_out
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -145,21 +165,27 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in path.parts]
 
 
+def _yaml(path: Path) -> Any:  # noqa: ANN401
+    """Return what a YAML file holds, nothing resolved; None if it is not there."""
+    if not path.is_file():
+        return None
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+
+
 def _read(folder: Path) -> Run:
-    overrides = folder / ".hydra" / "overrides.yaml"
-    given: dict[str, str] = {}
-    for word in OmegaConf.load(overrides) if overrides.is_file() else ():
+    overrides: dict[str, str] = {}
+    for word in _yaml(folder / ".hydra" / "overrides.yaml") or ():
         key, _, value = str(word).lstrip("+").partition("=")
-        given[key] = value
-    given.pop("seed", None)
+        if not f"{key}.".startswith(tuple(f"{name}." for name in NO_DIFFERENCE)):
+            overrides[key] = value
+    hydra = _yaml(folder / ".hydra" / "hydra.yaml") or {}
+    choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    trials: list[FrozenTrial] = []
-    try:
+    trials, seconds = [], 0.0
+    if (folder / JOURNAL).stat().st_size:  # else it has only begun
         storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-        with contextlib.suppress(KeyError):  # a run that has only begun
-            trials = optuna.load_study(study_name="gatl", storage=storage).get_trials()
-    except ValueError as error:
-        raise UserError(f"{folder / JOURNAL} cannot be read: {error}") from error
+        study = optuna.load_study(study_name="gatl", storage=storage)
+        trials, seconds = study.get_trials(deepcopy=False), seconds_of(study)
     ended = [trial for trial in trials if trial.state.is_finished()]
     losses = [
         trial.values[0] if trial.state is TrialState.COMPLETE else math.inf for trial in ended
@@ -169,18 +195,17 @@ def _read(folder: Path) -> Run:
         for trial, loss in zip(ended, losses, strict=True)
         if math.isfinite(loss)
     )
-    result = folder / RESULT
-    accuracy = None
+    result, accuracy = folder / RESULT, None
     if result.is_file():
-        accuracy = json.loads(result.read_text())["test"]["accuracy"]
+        accuracy = float(json.loads(result.read_text())["test"]["accuracy"])
     return Run(
         folder,
-        given,
-        best=[float(loss) for loss in np.minimum.accumulate(losses)] if losses else [],
-        times=[seconds for seconds, _ in told],
-        best_by_time=[float(x) for x in np.minimum.accumulate([loss for _, loss in told])]
-        if told
-        else [],
+        overrides,
+        (_yaml(folder / ".hydra" / "config.yaml") or {}) | choices,
+        best=list(accumulate(losses, min)),
+        times=[after for after, _ in told],
+        best_by_time=list(accumulate((loss for _, loss in told), min)),
+        seconds=seconds,
         evaluations=sum(outcome_of(trial).reused_from is None for trial in ended),
         test_accuracy=accuracy,
     )
@@ -193,15 +218,25 @@ def grouped(runs: Sequence[Run]) -> tuple[str, list[Group]]:
         What to call the groups: the one override that differs, or nothing; and the groups.
     """
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides))
-    differing = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    differing = [key for key in keys if len({_setting(run, key) for run in runs}) > 1]
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        values = {key: run.overrides.get(key, "(default)") for key in differing}
+        values = {key: _setting(run, key) for key in differing}
         words = [f"{key}={value}" for key, value in values.items()]
         name = ", ".join(values.values() if len(values) == 1 else words)
         groups.setdefault(name or "all runs", []).append(run)
     heading = differing[0] if len(differing) == 1 else ""
     return heading, [Group(name, members) for name, members in groups.items()]
+
+
+def _setting(run: Run, key: str) -> str:
+    """Return what a run was told of a key, or what is so by default."""
+    if key in run.overrides:
+        return run.overrides[key]
+    node: Any = run.config
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return "(default)" if node is None or isinstance(node, dict) else str(node)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -227,19 +262,27 @@ def _cells(row: dict[str, Any]) -> list[str]:
             return "-"
         return format(mean, form) + ("" if sd is None else f" ± {format(sd, form)}")
 
-    seconds = row["search_seconds"]
     return [
         row["group"],
-        str(row["runs"]) + (f", {row['unfinished']} open" if row["unfinished"] else ""),
+        str(row["runs"]),
         f"{row['trials']:.0f}",
         f"{row['evaluations']:.0f}",
         spread("val_loss", ".4f"),
         spread("test_accuracy", ".1%"),
-        "-" if seconds is None else format_duration(seconds),
+        format_duration(row["search_seconds"]),
     ]
 
 
-HEADERS = ("runs", "trials", "fits", "best val_loss", "test", "search")
+HEADERS = ("runs", "trials", "evals", "best val_loss", "test acc.", "search time")
+
+
+def _unfinished(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which groups have runs without a final model."""
+    return [
+        f"{row['group']}: {row['unfinished']} of {format_count(row['runs'], 'run')} unfinished"
+        for row in rows
+        if row["unfinished"]
+    ]
 
 
 def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
@@ -251,19 +294,18 @@ def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
     from matplotlib import pyplot as plt
 
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "gatl", "font.size": 10}
+    style["text.parse_math"] = False  # $ is a letter in an override
     with mpl.rc_context(style):
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-        longest = max((run.times[-1] for g in groups for run in g.runs if run.times), default=0.0)
+        longest = max(run.seconds for group in groups for run in group.runs)
         unit, name = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
         lines = {}
-        for i, group in enumerate(groups):
+        for i, group in enumerate(group for group in groups if group.begun):
             look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
             for ax, (x, best), scale in (
                 (axes[0], group.by_trials(), 1.0),
                 (axes[1], group.by_time(longest), unit),
             ):
-                if not len(x):
-                    continue
                 mean = best.mean(0)
                 (lines[group.name],) = ax.step(x / scale, mean, where="post", **look)
                 if len(best) > 1:
@@ -315,12 +357,13 @@ figcaption {{ background: Canvas; padding-top: .5rem; }}
 </tbody>
 </table></div>
 <p class="note">Mean ± standard deviation over the runs of a group, which differ by their seed;
-lowest mean val_loss first. Fits are trials without those whose chromosome had been evaluated
-before; test is the final models' accuracy on images that no search saw; search is the time that
-the search took; open are runs without a final model.</p>
+lowest mean val_loss first. Evals are evaluations: trials without those whose chromosome had been
+evaluated before. Test acc. is the final models' accuracy on images that no search saw.</p>
+<ul class="note">
+{notes}
+</ul>
 <figure>{svg}<figcaption>The lowest val_loss so far: mean over the runs and, as a band, one standard
-deviation to either side. Against trials, up to where the group's first run ends; against time, a
-run that has ended keeps what it found.</figcaption>
+deviation to either side. A run that has ended keeps what it found.</figcaption>
 </figure>
 <h2>Runs</h2>
 <ul>
@@ -331,7 +374,7 @@ run that has ended keeps what it found.</figcaption>
 """
 
 
-def save(heading: str, groups: Sequence[Group], folder: Path) -> None:
+def save(heading: str, groups: Sequence[Group], folder: Path, left_out: Sequence[str] = ()) -> None:
     """Write ``compare.html``, ``compare.png`` and ``compare.csv`` into a folder.
 
     Raises:
@@ -357,6 +400,7 @@ def save(heading: str, groups: Sequence[Group], folder: Path) -> None:
                 "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
                 for row in rows
             ),
+            notes="\n".join(f"<li>{escape(line)}</li>" for line in [*_unfinished(rows), *left_out]),
             svg=drawing[drawing.index("<svg") :],
             runs="\n".join(
                 f"<li>{escape(str(run.folder.relative_to(folder)))}: {escape(group.name)}</li>"
@@ -375,16 +419,20 @@ def compare(folder: Path) -> None:
     Raises:
         UserError: If there is nothing to compare.
     """
-    heading, groups = grouped(read_runs(folder))
+    runs, left_out = read_runs(folder)
+    heading, groups = grouped(runs)
     console = new_console()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column(heading, overflow="fold")
     for name in HEADERS:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in _ranked(groups):
+    rows = _ranked(groups)
+    for row in rows:
         table.add_row(*_cells(row))
     console.print(table)
-    save(heading, groups, folder)
+    for line in (*_unfinished(rows), *left_out):
+        console.print(line, soft_wrap=True)
+    save(heading, groups, folder, left_out)
     console.print(f"Plots: {folder / 'compare.html'}", soft_wrap=True)
 
 

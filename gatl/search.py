@@ -35,7 +35,10 @@ from gatl.strategies.base import Strategy
 from gatl.streams import Purpose
 
 MAX_FAILURES = 5
-"""Failures in a row that stop a search; divergence is a result, no such failure."""
+"""Failures in a row, by number, that stop a search; divergence is a result, no such failure.
+
+By number, because the largest networks start first and are the first to find no memory.
+"""
 
 _LATEST = 200
 """Fits that tell what others cost; more would tell no more."""
@@ -96,7 +99,7 @@ class Search:
         self._costs: deque[Cost] = deque(maxlen=_LATEST)  # of the fits that ended last
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
         self._any_complete = False  # in this session: the first fit always finishes
-        self._failures = 0
+        self._failures = 0  # of the leading trials, the last ones
 
     def run(self) -> Ending:
         """Search until the budget is spent, or the user stops it.
@@ -147,6 +150,7 @@ class Search:
                 self._enqueue(self._whole(trial))
         self._longest_first()
         self._publish()
+        self._failures = 0  # what was wrong may be mended
         self._view.resumed(self._trials)
 
     def _whole(self, trial: FrozenTrial) -> FrozenTrial:
@@ -274,22 +278,21 @@ class Search:
         if outcome.error is None and outcome.epochs in self._config.rungs:
             self._trials[number] = reach(self._study, number, outcome, self.seconds)
             self._reached[number] = outcome
-            self._failures = 0
             self._view.paused(number, self._space.to_dict(self._chromosomes[number]), outcome)
             return
         self._tell(number, outcome)
         self._any_complete |= outcome.error is None
         if self._failures >= MAX_FAILURES:
+            last = self._n_leading - 1
             raise UserError(
-                f"{MAX_FAILURES} trials in a row failed; the last, {number}: {outcome.error} "
-                f"(see {self._fit_folder(number) / 'error.txt'}). When that is "
+                f"{MAX_FAILURES} trials in a row failed; the last, {last}: "
+                f"{outcome_of(self._trials[last]).error} "
+                f"(see {self._fit_folder(last) / 'error.txt'}). When that is "
                 f"mended, go on with: {resume_command(self._folder)}"
             )
 
     def _tell(self, number: int, outcome: Outcome) -> None:
         trial = self._trials[number] = tell(self._study, number, outcome, self.seconds)
-        if not outcome.diverged:
-            self._failures = 0 if outcome.error is None else self._failures + 1
         self._begun.pop(self._chromosomes.pop(number), None)
         self._reached.pop(number, None)
         self._learn(trial)
@@ -323,6 +326,9 @@ class Search:
     def _publish(self) -> None:
         trials = self._trials
         while self._n_leading < len(trials) and trials[self._n_leading].state.is_finished():
+            outcome = outcome_of(trials[self._n_leading])
+            if not outcome.diverged:
+                self._failures = 0 if outcome.error is None else self._failures + 1
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
 

@@ -17,7 +17,6 @@ from types import FrameType
 import optuna
 import psutil
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from rich.console import Console
 
@@ -38,6 +37,7 @@ from gatl.models.weights import LoadReport
 from gatl.progress import decoding
 from gatl.record import held, open_study
 from gatl.strategies.base import Strategy
+from gatl.strategies.build import build_strategy
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     # than cores: a fit of two threads beside a driver that had used two took 2.4 times as long.
     torch.set_num_threads(1)
     resolve_precision(config.trainer)
-    strategy = _build_strategy(config)
+    strategy = build_strategy(config)
     if config.rungs and strategy.generation(0) is None:
         config = replace(config, pruner=None)
         name = type(strategy).__name__
@@ -160,16 +160,6 @@ def _with_features(
     free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
     share = free // 4 if config.cache.max_gb is None else int(config.cache.max_gb * 10**9)
     return replace(data, features=folder.resolve(), features_bytes=share)
-
-
-def _build_strategy(config: Config) -> Strategy:
-    """Build what ``search=`` names; its settings are checked by itself."""
-    try:
-        build = instantiate(config.search, _partial_=True, _convert_="all")
-        strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
-    except (InstantiationException, TypeError, ValueError) as error:
-        raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
-    return strategy
 
 
 def _evaluator_class(config: Config) -> Callable[..., Evaluator]:

@@ -63,28 +63,28 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_runs_that_differ_by_their_seed_are_one_group(sweep: Path) -> None:
-    heading, groups = compare.grouped(compare.read_runs(sweep))
+    heading, groups = compare.grouped(compare.read_runs(sweep)[0])
     assert heading == "search"
     assert [(g.name, len(g.runs)) for g in groups] == [("genetic", 2), ("random", 2)]
     make_run(sweep / "4", ["data=digits", "+x.y=<b>&'", "seed=3"], [])
-    heading, groups = compare.grouped(compare.read_runs(sweep))
+    heading, groups = compare.grouped(compare.read_runs(sweep)[0])
     assert (heading, groups[2].name) == ("search", "(default)")
     make_run(sweep / "5", ["search=genetic", "ga.pop=4"], [])
-    heading, groups = compare.grouped(compare.read_runs(sweep))
+    heading, groups = compare.grouped(compare.read_runs(sweep)[0])
     assert heading == ""
     assert groups[0].name == "search=genetic, data=digits, x.y=<b>&', ga.pop=(default)"
-    heading, (alone,) = compare.grouped(compare.read_runs(sweep / "0"))
+    heading, (alone,) = compare.grouped(compare.read_runs(sweep / "0")[0])
     assert (heading, alone.name, len(alone.runs)) == ("", "all runs", 1)
 
 
 def test_jobs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for job in (10, 9, 2):
         make_run(tmp_path / str(job), [f"ga.pop={job}"], [(1.0, 1.0)])
-    assert [run.folder.name for run in compare.read_runs(tmp_path)] == ["2", "9", "10"]
+    assert [run.folder.name for run in compare.read_runs(tmp_path)[0]] == ["2", "9", "10"]
 
 
 def test_the_row_by_hand(sweep: Path) -> None:
-    row = compare.grouped(compare.read_runs(sweep))[1][0].row()
+    row = compare.grouped(compare.read_runs(sweep)[0])[1][0].row()
     assert row["val_loss"] == pytest.approx((0.45 + 0.35) / 2)
     assert row["val_loss_sd"] == pytest.approx(0.1 / math.sqrt(2))
     assert row["test_accuracy"] == pytest.approx(0.55)
@@ -93,7 +93,7 @@ def test_the_row_by_hand(sweep: Path) -> None:
 
 
 def test_the_best_so_far_against_trials_and_time(sweep: Path) -> None:
-    genetic = compare.grouped(compare.read_runs(sweep))[1][0]
+    genetic = compare.grouped(compare.read_runs(sweep)[0])[1][0]
     numbers, best = genetic.by_trials()
     assert numbers.tolist() == [1, 2, 3, 4]
     np.testing.assert_allclose(best, [[0.9, 0.9, 0.9, 0.45], [0.7, 0.7, 0.7, 0.35]])
@@ -105,18 +105,91 @@ def test_the_best_so_far_against_trials_and_time(sweep: Path) -> None:
     np.testing.assert_allclose(halved, [40.0, 50.0], atol=0.11)
 
 
-def test_a_run_that_ends_early_keeps_what_it_has_and_one_without_results_is_named(
-    sweep: Path,
-) -> None:
+def test_a_run_without_results_is_named(sweep: Path, capsys) -> None:
     make_run(sweep / "4", ["search=tpe", "seed=1"], [(None, 5.0)])
     (sweep / "5").mkdir()
     (sweep / "5" / "study.journal").touch()  # of a run that is only beginning
-    _, groups = compare.grouped(compare.read_runs(sweep))
+    _, groups = compare.grouped(compare.read_runs(sweep)[0])
     row = groups[2].row()
     assert (row["val_loss"], row["test_accuracy"], row["unfinished"]) == (None, None, 1)
-    assert groups[2].by_trials()[0].size == groups[2].by_time(60.0)[0].size == 0
+    assert groups[2].by_trials()[1].size == groups[2].by_time(60.0)[1].size == 0
     assert compare._ranked(groups)[-1]["val_loss"] is None
     compare.compare(sweep)
+    assert (
+        "search=tpe, data=(default), x.y=(default): 1 of 1 run unfinished"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_run_in_the_middle_does_not_cut_the_curves_of_its_group(sweep: Path) -> None:
+    words = ["search=genetic", "data=digits", "+x.y=<b>&'"]
+    make_run(sweep / "4", [*words, "seed=3"], [(0.8, 12.0), (None, 900.0)])
+    make_run(sweep / "5", [*words, "seed=4"], [])
+    genetic = compare.grouped(compare.read_runs(sweep)[0])[1][0]
+    numbers, best = genetic.by_trials()
+    assert numbers.tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(best[2], [0.8] * 4)
+    row = genetic.row()
+    assert (row["runs"], row["unfinished"]) == (4, 2)
+    assert row["val_loss"] == pytest.approx((0.45 + 0.35 + 0.8) / 3)
+    # what failed takes time too
+    assert row["search_seconds"] == pytest.approx((40 + 50 + 900 + 0) / 4)
+    assert genetic.by_time(900.0)[0][-1] == 900.0
+
+
+def test_overrides_that_make_no_other_result_make_no_group(sweep: Path) -> None:
+    words = ["search=genetic", "data=digits", "+x.y=<b>&'", "evaluator.workers=4", "logger=csv"]
+    make_run(sweep / "4", [*words, "seed=3"], [(0.8, 12.0)])
+    groups = compare.grouped(compare.read_runs(sweep)[0])[1]
+    assert [len(group.runs) for group in groups] == [3, 2]
+
+
+def test_a_default_that_is_given_is_the_default(tmp_path: Path) -> None:
+    for job, words in enumerate((["ga.pop=12"], [], ["ga.pop=4"], ["search=random"], [])):
+        make_run(tmp_path / str(job), words, [(1.0, 1.0)])
+        hydra = tmp_path / str(job) / ".hydra"
+        (hydra / "config.yaml").write_text("ga: {pop: 12, other: '${no.such.key}'}")
+        (hydra / "hydra.yaml").write_text("hydra: {runtime: {choices: {search: genetic}}}")
+    heading, groups = compare.grouped(compare.read_runs(tmp_path)[0])
+    assert heading == ""
+    assert [(group.name, len(group.runs)) for group in groups] == [
+        ("ga.pop=12, search=genetic", 3),
+        ("ga.pop=4, search=genetic", 1),
+        ("ga.pop=12, search=random", 1),
+    ]
+
+
+BROKEN = {
+    "result.json": ("", "{}", '{"test": null}'),
+    ".hydra/overrides.yaml": ("[a: {", "[1: 2"),
+    "study.journal": ('{"op_code": 4}\n', "nonsense\n{}\n"),
+}
+
+
+def test_a_broken_run_does_not_cost_the_others(sweep: Path, capsys) -> None:
+    words = ["search=genetic", "data=digits", "+x.y=<b>&'"]
+    n = 4
+    for name, contents in BROKEN.items():
+        for content in contents:
+            make_run(sweep / str(n), words, [(0.1, 1.0)])
+            (sweep / str(n) / name).write_text(content)
+            n += 1
+    (sweep / str(n) / "study.journal").mkdir(parents=True)
+    compare.compare(sweep)
+    out = capsys.readouterr().out
+    assert "0.4000 ± 0.0707" in out
+    for k in range(4, n + 1):
+        assert out.count(f"left out: {sweep / str(k)} (") == 1
+    with pytest.raises(UserError, match="left out: "):
+        compare.read_runs(sweep / str(n))
+
+
+def test_dollars_and_interpolations_are_letters(sweep: Path) -> None:
+    make_run(sweep / "4", [r"data.root=$\foo$", "x=${oc.env:NO_SUCH}", "y=${now:%Y}"], [(1.0, 1.0)])
+    compare.compare(sweep)
+    page = (sweep / "compare.html").read_text()
+    assert r"data.root=$\foo$" in page
+    assert "x=${oc.env:NO_SUCH}" in page
 
 
 def test_table_page_picture_and_csv(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

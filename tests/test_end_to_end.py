@@ -16,7 +16,7 @@ from PIL import Image
 from gatl import __main__
 from gatl.cli import compose, compose_resumed
 from gatl.config import checked
-from gatl.session import _build_strategy
+from gatl.strategies.build import build_strategy
 
 N_TRIALS = 10
 OVERRIDES = (
@@ -427,7 +427,7 @@ def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, 
     for accelerator in ("auto", "cpu"):
         words = ["trainer.max_epochs=1", f"trainer.accelerator={accelerator}", *overrides]
         config = checked(compose(words))
-        lines = __main__._ahead(config, 3019, 2, _build_strategy(config))
+        lines = __main__._ahead(config, 3019, 2, build_strategy(config))
         advised = large and not (gpu and accelerator == "auto")
         assert max(map(len, lines)) <= 80
         assert ("model=se_densenet121_k12" in " ".join(lines[2:])) == advised
@@ -445,7 +445,7 @@ def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, 
 def test_more_workers_than_a_search_can_use_are_named(search, at_once):
     config = checked(compose([search, "data.image_size=32"]))
     for n_workers in (2, 20):
-        lines = __main__._ahead(config, 3019, n_workers, _build_strategy(config))
+        lines = __main__._ahead(config, 3019, n_workers, build_strategy(config))
         assert max(map(len, lines)) <= 80
         found = [line for line in lines if "will be busy" in line]
         few = at_once is not None and n_workers > at_once

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import incumbent
-from gatl.strategies.base import Strategy
+from gatl.strategies.base import Strategy, require_whole, require_within
 from gatl.strategies.operators.neighbour import neighbour
 from gatl.streams import Purpose, generator
 
@@ -24,6 +24,7 @@ class _State:
 
     Attributes:
         trials: Those that led here.
+        known: Their chromosomes.
         current: From where it moves on; None before any trial has completed.
         best: The best that it has seen.
         scale: The initial temperature, in nats.
@@ -32,6 +33,7 @@ class _State:
     """
 
     trials: list[FrozenTrial]
+    known: frozenset[Chromosome] = frozenset()
     current: FrozenTrial | None = None
     best: FrozenTrial | None = None
     scale: float = 0.0
@@ -49,12 +51,14 @@ class Annealing(Strategy):
     with every move.
 
     The initial temperature is such that the median difference between the first
-    chromosomes would be accepted with ``initial_acceptance`` (Johnson et al. 1989).
-    Trials that failed or were stopped early are never accepted.
+    chromosomes would be accepted with ``initial_acceptance`` (Johnson et al. 1989); where
+    fewer than two of them have completed, it is 0 until two have. Trials that failed or
+    were stopped early are never accepted.
 
     Departures from the paper: T falls with each move and not after many, because an
-    evaluation is dear; and a chain that is stuck starts again from the best it has seen,
-    at the initial temperature.
+    evaluation is dear; for the same reason a neighbour that the chain has tried is drawn
+    again, a few times at most; and a chain that is stuck starts again from the best it
+    has seen, at the initial temperature.
 
     Args:
         space: The genes to search.
@@ -83,16 +87,10 @@ class Annealing(Strategy):
         patience: int,
     ) -> None:
         for name, value in {"chains": chains, "n_opening": n_opening, "patience": patience}.items():
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"`{name} >= 1` must hold, a whole number, but got {value!r}.")
-        if not 0 < initial_acceptance < 1:
-            raise ValueError(
-                f"`0 < initial_acceptance < 1` must hold, but got {initial_acceptance!r}."
-            )
-        if not 0 < cooling <= 1:
-            raise ValueError(f"`0 < cooling <= 1` must hold, but got {cooling!r}.")
-        if not 0 < step < math.inf:
-            raise ValueError(f"`0 < step < inf` must hold, but got {step!r}.")
+            require_whole(name, value, 1)
+        require_within("initial_acceptance", initial_acceptance, 0, 1, closed=False)
+        require_within("cooling", cooling, 0, 1, closed=True)
+        require_within("step", step, 0, math.inf, closed=False)
         super().__init__(space=space, seed=seed, initial=initial)
         self.chains = chains
         self.n_opening = max(n_opening, math.ceil(len(self.initial) / chains))
@@ -120,11 +118,10 @@ class Annealing(Strategy):
         if state.current is None:
             return self.opening(number)
         here = self.space.from_dict(state.current.params)
-        known = {self.space.from_dict(trial.params) for trial in state.trials}
         rng = generator(self.seed, Purpose.OFFSPRING, number)
         for _ in range(_RETRIES):
             there = neighbour(here, self.space, self.step, rng)
-            if there not in known:
+            if there not in state.known:
                 break
         return there
 
@@ -139,19 +136,19 @@ class Annealing(Strategy):
         if state.trials != trials[: len(state.trials)]:  # by identity, so fast
             state = _State([])
         for end in range(len(state.trials) + 1, len(trials) + 1):
-            state = replace(self._after(state, trials[end - 1]), trials=trials[:end])
+            trial = trials[end - 1]
+            known = state.known | {self.space.from_dict(trial.params)}
+            state = replace(self._after(state, trial), trials=trials[:end], known=known)
         self._memo[chain] = state
         return state
 
     def _after(self, state: _State, trial: FrozenTrial) -> _State:
         """Return where a chain stands after one trial more."""
-        seen = [t for t in (state.best, trial) if t is not None]
-        best = incumbent(seen)
-        if len(state.trials) < self.n_opening:
-            return replace(
-                state, current=best, best=best, scale=self._scale([*state.trials, trial])
-            )
-        if state.current is None:
+        opening = len(state.trials) < self.n_opening
+        if opening or state.scale == 0:
+            state = replace(state, scale=self._scale([*state.trials, trial]))
+        best = incumbent(t for t in (state.best, trial) if t is not None)
+        if opening or state.current is None:
             return replace(state, current=best, best=best)
         moved = replace(state, best=best, moves=state.moves + 1)
         if self._accepts(state, trial):

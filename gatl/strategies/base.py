@@ -14,6 +14,20 @@ from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.streams import Purpose, generator
 
 
+def require_whole(name: str, value: object, low: int) -> None:
+    """Raise a `ValueError` unless a setting is a whole number in [low, inf)."""
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, but got {value!r}")
+
+
+def require_within(name: str, value: object, low: float, high: float, *, closed: bool) -> None:
+    """Raise a `ValueError` unless a setting is a number in (low, high), or (low, high]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and (low < value < high or (closed and value == high))):  # type: ignore[operator]
+        bracket = "]" if closed else ")"
+        raise ValueError(f"{name} must be a number in ({low}, {high}{bracket}, but got {value!r}")
+
+
 class Strategy(BaseSampler):
     """A search strategy: what trial n is follows from the seed, n, and the trials before it.
 

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import best_distinct, rank_key
-from gatl.strategies.base import Strategy
+from gatl.strategies.base import Strategy, require_whole
 from gatl.strategies.operators.breeding import Breeding, breed
 from gatl.strategies.steady_state import SteadyState
 from gatl.streams import Purpose, generator
@@ -25,8 +25,9 @@ def of_mode(mode: str, *, n_elites: int, lag: int, **settings: Any) -> Strategy:
         settings: What both take.
 
     Raises:
-        ValueError: If the mode is neither.
+        ValueError: If the mode is neither, or the lag is none.
     """
+    require_whole("lag", lag, 0)
     if mode == "generational":
         return Genetic(n_elites=n_elites, **settings)
     if mode == "steady_state":

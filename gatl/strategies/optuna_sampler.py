@@ -10,8 +10,9 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
+from gatl.errors import UserError
 from gatl.ranking import rank_key
-from gatl.strategies.base import Strategy
+from gatl.strategies.base import Strategy, require_whole
 from gatl.streams import Purpose, generator
 
 
@@ -35,8 +36,10 @@ class OptunaSampler(Strategy):
 
     The sampler works on a study of its own, in memory, and a new one with a seed of its
     own is built for each trial. Where that study is missing, on resume, it is made anew:
-    the sampler is asked for all trials once more, in order, and told what came of them.
-    So nothing that a sampler remembers (CMA-ES keeps a pickle) goes into the record.
+    the sampler is asked for all trials once more, in order, and told what came of them
+    (at 1,000 trials a few seconds; for a Gaussian process as long as the first time).
+    So nothing that a sampler remembers (CMA-ES keeps a pickle) goes into the record. It
+    sees chromosomes as they were evaluated, that is, repaired.
 
     Trials up to ``lag`` older are RUNNING to it, whether or not they are, so that
     ``lag + 1`` fits can run at once and the search does not depend on how many do.
@@ -47,6 +50,9 @@ class OptunaSampler(Strategy):
         initial: Chromosomes that are tried first.
         sampler: Builds the sampler, given ``seed``.
         lag: In [0, inf).
+
+    Raises:
+        ValueError: If a setting is out of range, or the sampler cannot ask.
     """
 
     def __init__(
@@ -58,12 +64,17 @@ class OptunaSampler(Strategy):
         sampler: Callable[..., BaseSampler],
         lag: int,
     ) -> None:
-        if not (isinstance(lag, int) and lag >= 0):
-            raise ValueError(f"`lag >= 0` must hold, a whole number, but got {lag!r}.")
+        require_whole("lag", lag, 0)
+        if not callable(sampler):
+            raise ValueError(
+                f"sampler must have a _target_ and _partial_: true, but got {sampler!r}"
+            )
+        if "seed" in getattr(sampler, "keywords", {}):
+            raise ValueError("sampler.seed cannot be set: give seed=NUMBER, the run's")
         super().__init__(space=space, seed=seed, initial=initial)
         self.sampler = sampler
         self.lag = lag
-        self._build(0)  # what is wrong with its settings is known at once
+        self._rehearse()
         self._replay = self._new()
 
     def horizon(self, number: int) -> int:
@@ -88,11 +99,28 @@ class OptunaSampler(Strategy):
         for ahead in range(len(replay.asked), number + 1):
             for trial in record[len(replay.record) : self.horizon(ahead)]:
                 self._tell(replay, trial)
-            chromosome = self._ask(replay, recorded.get(ahead))
+            try:
+                chromosome = self._ask(replay, recorded.get(ahead))
+            except Exception as error:  # a sampler may raise anything
+                raise UserError(
+                    f"search.sampler cannot say what trial {ahead} is: "
+                    f"{type(error).__name__} {error}"
+                ) from error
         self._replay = replay
         return chromosome
 
+    def _rehearse(self) -> None:
+        """Let a sampler ask for a few trials, so that most of what is wrong is known at once."""
+        replay = self._new()
+        try:
+            for _ in range(3):
+                self._ask(replay, None)
+                replay.study.tell(len(replay.asked) - 1, 1.0 / len(replay.asked))
+        except Exception as error:  # a sampler may raise anything
+            raise ValueError(f"sampler cannot work: {type(error).__name__} {error}") from error
+
     def _new(self) -> _Replay:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # not that a study was created
         replay = _Replay(optuna.create_study(sampler=self._build(0)))
         for genes in self.initial:
             clipped = {g.name: g.clip(genes[g.name]) for g in self.space.genes if g.name in genes}
@@ -108,14 +136,12 @@ class OptunaSampler(Strategy):
 
     def _ask(self, replay: _Replay, recorded: Chromosome | None) -> Chromosome:
         """Ask for the next trial; if it has been, it is what the record says."""
-        number = len(replay.asked)
         distributions = self.distributions()
-        replay.study.sampler = self._build(number)
+        replay.study.sampler = self._build(len(replay.asked))
         trial = replay.study.ask(fixed_distributions=distributions)
-        proposed = self.space.from_dict(trial.params)
-        chromosome = proposed if recorded is None else recorded
-        if chromosome != proposed:  # another version of Optuna, perhaps, asked for it
-            for name, value in self.space.to_dict(chromosome).items():
+        chromosome = self.space.from_dict(trial.params) if recorded is None else recorded
+        for name, value in self.space.to_dict(chromosome).items():
+            if trial.params[name] != value:  # repaired, or asked for by another version of Optuna
                 internal = distributions[name].to_internal_repr(value)
                 replay.study._storage.set_trial_param(
                     trial._trial_id, name, internal, distributions[name]

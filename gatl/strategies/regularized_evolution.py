@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import rank_key
-from gatl.strategies.base import Strategy
+from gatl.strategies.base import Strategy, require_whole, require_within
 from gatl.strategies.operators.neighbour import neighbour
 from gatl.streams import Purpose, generator
 
@@ -27,8 +27,9 @@ class RegularizedEvolution(Strategy):
     It is asynchronous: a trial looks at those that are more than ``lag`` older, so that
     ``lag + 1`` fits can run at once and the search is still a function of its record.
 
-    Departure from the paper: genes are numbers, so a mutation moves one or a few of them
-    to a neighbouring value in place of drawing one anew.
+    Departures from the paper: genes are numbers, so a mutation moves one or a few of them
+    to a neighbouring value in place of drawing one anew; and a child that equals a living
+    chromosome is drawn again, a few times at most.
 
     Args:
         space: The genes to search.
@@ -51,15 +52,10 @@ class RegularizedEvolution(Strategy):
         step: float,
         lag: int,
     ) -> None:
-        for name, value, low in (
-            ("population_size", population_size, 1),
-            ("sample_size", sample_size, 1),
-            ("lag", lag, 0),
-        ):
-            if not (isinstance(value, int) and value >= low):
-                raise ValueError(f"`{name} >= {low}` must hold, a whole number, but got {value!r}.")
-        if not 0 < step < math.inf:
-            raise ValueError(f"`0 < step < inf` must hold, but got {step!r}.")
+        require_whole("population_size", population_size, 1)
+        require_whole("sample_size", sample_size, 1)
+        require_whole("lag", lag, 0)
+        require_within("step", step, 0, math.inf, closed=False)
         super().__init__(space=space, seed=seed, initial=initial)
         self.population_size = max(population_size, len(self.initial))
         self.sample_size = sample_size

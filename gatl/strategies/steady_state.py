@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import best_distinct
-from gatl.strategies.base import Strategy
+from gatl.strategies.base import Strategy, require_whole
 from gatl.strategies.operators.breeding import Breeding, breed
 from gatl.streams import Purpose, generator
 
@@ -65,8 +65,7 @@ class SteadyState(Strategy):
         duplicate_retries: int,
         lag: int,
     ) -> None:
-        if not (isinstance(lag, int) and lag >= 0):
-            raise ValueError(f"`lag >= 0` must hold, a whole number, but got {lag!r}.")
+        require_whole("lag", lag, 0)
         super().__init__(space=space, seed=seed, initial=initial)
         self.pop = pop
         self.lag = lag
@@ -94,10 +93,11 @@ class SteadyState(Strategy):
         if not lineage.population:
             return self.opening(number)
         first = self._first(number)
-        known = lineage.known.union(pending[: first - len(record)])  # its sibling is not
+        known = set(lineage.known).union(pending[: first - len(record)])
         rng = generator(self.seed, Purpose.OFFSPRING, first)
         children: list[Chromosome] = []
         for child in breed(list(lineage.population), known, self.space, self.breeding, rng):
+            known.add(child)
             children.append(child)
         return children[number - first]
 

@@ -87,8 +87,8 @@ def test_the_temperature_by_hand(space: SearchSpace) -> None:
     assert state.scale == pytest.approx(scale / math.log(2))
     assert math.exp(-scale / strategy.temperature(state)) == pytest.approx(0.5)
     state = strategy._state(0, record)
-    if state.moves == 2:
-        assert strategy.temperature(state) == pytest.approx(scale / math.log(2) / 4)
+    assert state.moves == 2
+    assert strategy.temperature(state) == pytest.approx(scale / math.log(2) / 4)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -126,21 +126,24 @@ def test_a_chain_that_is_stuck_starts_again_from_its_best(space: SearchSpace) ->
 
 def test_failures_are_never_where_a_chain_stands(space: SearchSpace) -> None:
     strategy = Annealing(space=space, **SETTINGS | {"chains": 1, "step": 0.01})
-    record = run(strategy, [None, None, None, None, 1.0, None, None, 0.5])
+    record = run(strategy, [None, None, None, None, 1.0, None, None, 0.5, 3.0])
     assert strategy._state(0, record[:4]).current is None  # and so it goes on drawing
     assert strategy._state(0, record[:5]).current is record[4]
     assert strategy._state(0, record[:7]).current is record[4]
-    assert strategy._state(0, record).current is record[7]
-    assert strategy.temperature(strategy._state(0, record)) == 0  # no scale: only downhill
+    assert strategy._state(0, record[:7]).scale == 0  # one loss tells no differences
+    assert strategy._state(0, record[:8]).current is record[7]
+    assert strategy._state(0, record[:8]).scale == pytest.approx(0.5 / math.log(2))
+    assert strategy._state(0, record).scale == pytest.approx(0.5 / math.log(2))  # and stays
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("chains", 0), ("n_opening", 0), ("patience", 1.5), ("cooling", 0.0)),
+        *(("chains", 0), ("chains", True), ("n_opening", 0), ("patience", 1.5), ("cooling", 0.0)),
+        *(("cooling", None), ("step", "abc"), ("step", math.nan)),
         *(("cooling", 1.1), ("initial_acceptance", 1.0), ("step", 0.0), ("step", math.inf)),
     ],
 )
-def test_settings_out_of_range_are_refused(space: SearchSpace, name: str, value: float) -> None:
+def test_settings_out_of_range_are_refused(space: SearchSpace, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         Annealing(space=space, **SETTINGS | {name: value})

@@ -150,6 +150,11 @@ def test_whole_numbers_move_by_one_at_least(space: SearchSpace) -> None:
     found = [neighbour((40, 9, 1e-4, 0.5), space, 1e-6, rng) for _ in range(400)]
     assert {c[0] for c in found} == {39, 40, 41}
     assert {c[1] for c in found} == {8, 9, 10}
+    for start, values in ((1, {0, 1, 2}), (0, {0, 1}), (18, {17, 18})):
+        found = [neighbour((58, start, 1e-4, 0.5), space, 0.1, rng) for _ in range(2000)]
+        assert {c[1] for c in found} >= values
+        moved = [c for c in found if c[:1] + c[2:] == (58, 1e-4, 0.5)]
+        assert start not in {c[1] for c in moved}  # what moves alone does not stay
 
 
 def test_moves_are_reflected_at_the_ends() -> None:

@@ -1,5 +1,6 @@
 """Optuna's samplers behind gatl's interface, against Optuna itself."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ from optuna.samplers import CmaEsSampler, NSGAIISampler, RandomSampler, TPESampl
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from gatl.chromosome import SearchSpace
+from gatl.errors import UserError
 from gatl.strategies.optuna_sampler import OptunaSampler
 from gatl.streams import Purpose, generator
 
@@ -48,7 +50,7 @@ def state_of(number: int) -> TrialState:
 
 @pytest.mark.parametrize("sampler", [RandomSampler, TPESampler, CmaEsSampler, NSGAIISampler])
 def test_it_is_what_optuna_would_do(space: SearchSpace, sampler: Any) -> None:
-    """An Optuna study by hand, its sampler built anew for each trial, none repaired."""
+    """An Optuna study by hand, its sampler built anew for each trial."""
     n = 30
     record = by_gatl(OptunaSampler(space=space, seed=SEED, sampler=sampler, lag=0), n)
     study = optuna.create_study()
@@ -59,6 +61,10 @@ def test_it_is_what_optuna_would_do(space: SearchSpace, sampler: Any) -> None:
         trial = study.ask(distributions)
         genes = space.to_dict(space.from_dict(trial.params))
         assert genes == record[number].params, number
+        frozen = distributions["frozen_layers"]
+        study._storage.set_trial_param(  # repaired
+            trial._trial_id, "frozen_layers", genes["frozen_layers"], frozen
+        )
         state = state_of(number)
         if state is TrialState.PRUNED:
             trial.report(loss_of(genes), 2)
@@ -93,13 +99,26 @@ def test_nothing_of_the_sampler_goes_into_the_record(space: SearchSpace) -> None
     assert any(trial.system_attrs for trial in strategy._replay.study.trials)
 
 
-def test_what_is_wrong_with_a_sampler_is_known_at_once(space: SearchSpace) -> None:
-    with pytest.raises(ValueError, match="population_size"):
-        OptunaSampler(
-            space=space,
-            seed=0,
-            sampler=lambda seed: NSGAIISampler(population_size=1, seed=seed),
-            lag=0,
-        )
-    with pytest.raises(ValueError, match="lag"):
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (functools.partial(NSGAIISampler, population_size=1), "population_size"),
+        (functools.partial(CmaEsSampler, popsize=0), "sampler cannot work: AssertionError"),
+        (functools.partial(TPESampler, n_startup_trials="abc"), "sampler cannot work: TypeError"),
+        (functools.partial(TPESampler, seed=3), "seed"),
+        (None, "_partial_: true, but got None"),
+    ],
+)
+def test_what_is_wrong_with_a_sampler_is_known_at_once(space, sampler, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptunaSampler(space=space, seed=0, sampler=sampler, lag=0)
+    with pytest.raises(ValueError, match="lag must be"):
         OptunaSampler(space=space, seed=0, sampler=RandomSampler, lag=-1)
+
+
+def test_what_a_sampler_raises_later_is_one_line(space: SearchSpace) -> None:
+    sampler = functools.partial(TPESampler, n_ei_candidates=0)
+    with pytest.raises(
+        UserError, match=r"search\.sampler cannot say what trial 1\d is: IndexError"
+    ):
+        by_gatl(OptunaSampler(space=space, seed=0, sampler=sampler, lag=0), 20)

@@ -77,11 +77,23 @@ def test_what_is_being_tried_is_no_child_again() -> None:
     assert strategy.propose(8, trials, pending) == (6, 1)
 
 
+def test_siblings_differ_where_they_can() -> None:
+    settings = SETTINGS | {"mutation_prob": 1.0, "duplicate_retries": 1000}
+    space = SearchSpace((Gene("included_layers", 5, 6), Gene("frozen_layers", 0, 1)))
+    for seed in range(30):
+        strategy = SteadyState(**settings | {"space": space, "seed": seed})
+        trials = record(strategy, *[((5, 0), 0.5), ((6, 0), 0.4)] * 2)
+        pair = {strategy.propose(4, trials), strategy.propose(5, trials)}
+        assert pair == {(5, 1), (6, 1)}
+
+
 def test_the_mode_chooses_the_algorithm() -> None:
     both = {"n_elites": 1, **SETTINGS}
     assert type(of_mode("generational", **both)) is Genetic
     assert type(of_mode("steady_state", **both)) is SteadyState
     with pytest.raises(ValueError, match="generational or steady_state"):
         of_mode("other", **both)
+    with pytest.raises(ValueError, match="lag must be a whole number of at least 0, but got 'x'"):
+        of_mode("generational", **both | {"lag": "x"})
     with pytest.raises(ValueError, match="lag"):
         SteadyState(**SETTINGS | {"lag": -1})

@@ -12,11 +12,11 @@ def neighbour(
 ) -> Chromosome:
     """Move one gene or a few by about ``step`` of their range, then repair.
 
-    Each gene moves with probability 1 / n, and at least one does. A move is normal in
-    the gene's own scale (its logarithm where the gene says so) and reflected at the ends
-    of the range; a whole number moves by at least 1. This is the mutation of evolution
-    strategies (Schwefel 1981, "Numerical Optimization of Computer Models") with a step
-    for each gene.
+    One gene, drawn at random, moves, and each other with probability 1 / n. A move is
+    normal in the gene's own scale (its logarithm where the gene says so) and reflected at
+    the ends of the range; a whole number moves by at least 1. Moves of this kind are the
+    mutation of evolution strategies (Schwefel 1981, "Numerical Optimization of Computer
+    Models"), which moves all genes at once.
 
     Args:
         chromosome: One number for each gene of the space.
@@ -50,4 +50,8 @@ def _moved(gene: Gene, value: Value, step: float, rng: np.random.Generator) -> f
         shift = math.copysign(max(abs(shift), 1.0), shift)
     ahead = (x + shift - low) % (2 * width)  # a reflected line has twice the range as its period
     y = low + min(ahead, 2 * width - ahead)
-    return math.exp(y) if gene.log else y
+    if gene.log:
+        return math.exp(y)
+    if gene.kind is int and round(y) == value:  # reflected to where it came from
+        return value + 1 if value < high else value - 1
+    return y

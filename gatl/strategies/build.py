@@ -1,0 +1,22 @@
+"""From the configuration to the strategy."""
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from gatl.config import Config
+from gatl.errors import UserError
+from gatl.strategies.base import Strategy
+
+
+def build_strategy(config: Config) -> Strategy:
+    """Build what ``search=`` names; its settings are checked by itself.
+
+    Raises:
+        UserError: If one of them is wrong.
+    """
+    try:
+        build = instantiate(config.search, _partial_=True, _convert_="all")
+        strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
+    except (InstantiationException, TypeError, ValueError) as error:
+        raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
+    return strategy
