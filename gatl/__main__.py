@@ -232,8 +232,8 @@ def main() -> None:
             resume(folder, [word for word in words if word not in resumed])
         elif args.multirun:
             jobs = split_jobs(words)
-            for overrides in jobs:
-                _check(checked(compose(overrides)))
+            for config in [checked(compose(overrides)) for overrides in jobs]:
+                _check(config)
             folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
             try:
                 with _hydra_raises():

@@ -14,7 +14,7 @@ MISTAKES = {
     ("search=annealing", "search.step=.nan"): r"step must be a number in \(0, inf\)",
     ("search=regularized_evolution", "search.lag=-1"): "lag must be a whole number of at least 0",
     ("search.lag=abc",): "lag must be a whole number of at least 0, but got 'abc'",
-    ("search=tpe", "search.sampler=null"): "sampler must have _target_",
+    ("search=tpe", "search.sampler=null"): "sampler must have a _target_",
     ("search=tpe", "+search.sampler.seed=3"): "sampler.seed cannot be set",
     ("search=tpe", "+search.sampler.no_such=3"): "no_such",
     ("search=cmaes", "+search.sampler.popsize=0"): "popsize must be non-zero",

@@ -7,6 +7,7 @@ one; a new one adds a line to `SMALL`.
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -161,8 +162,9 @@ def test_another_process_finds_the_same(name: str, space: SearchSpace, n: int) -
 
 
 def test_resumed_after_any_trial_it_is_the_search_never_killed(
-    name: str, make: Make, space: SearchSpace, tmp_path: Path, n: int
+    name: str, make: Make, space: SearchSpace, tmp_path: Path, n: int, monkeypatch
 ) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug
     expected = search(make(space, 3), n)
     for fresh_after in (6,) if name in SLOW else range(1, n):
         journal = str(tmp_path / f"{fresh_after}.journal")
