@@ -46,7 +46,14 @@ def test_every_model_is_among_them():
     assert {model for model, *_ in MODELS} == shipped
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model[-1])
+SLOW = {"model.dropout_at=layers", "model.name=resnet18"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(m, marks=pytest.mark.slow) if m[-1] in SLOW else m for m in MODELS],
+    ids=lambda model: model[-1],
+)
 def test_a_whole_search(tmp_path, monkeypatch, model):
     load = digits.load
 

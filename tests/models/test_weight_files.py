@@ -402,6 +402,7 @@ def test_se_densenet_is_named_as_torchvision_names_it() -> None:
 # The hub
 
 
+@pytest.mark.slow  # the hub's client waits before it tries again
 def test_timms_weights_come_from_the_hub_once(tmp_path: Path) -> None:
     """A local server stands for the hub; its address is read when its client is imported."""
     name = "mobilenetv3_small_050"

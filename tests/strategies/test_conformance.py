@@ -75,7 +75,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def n(name: str) -> int:
     """Trials of a search that shows what a strategy does."""
-    return 8 if name in SLOW else 20
+    return 8 if name in SLOW else 16
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_resumed_after_any_trial_it_is_the_search_never_killed(
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug
     expected = search(make(space, 3), n)
-    for fresh_after in (6,) if name in SLOW else range(1, n):
+    for fresh_after in (6,) if name in SLOW else range(1, n, 2):
         journal = str(tmp_path / f"{fresh_after}.journal")
         strategy = make(space, 3)
         backend = JournalFileBackend(journal)
