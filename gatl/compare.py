@@ -342,8 +342,8 @@ table {{ border-collapse: collapse; }}
 th, td {{ padding: .3rem .8rem; text-align: right; white-space: nowrap; }}
 th, td {{ border-bottom: 1px solid #8886; }}
 th:first-child, td:first-child {{ text-align: left; white-space: normal; }}
-figure {{ margin: 2rem 0; background: #fff; border-radius: 6px; }}
-figure svg {{ width: 100%; height: auto; }}
+figure {{ margin: 2rem 0; background: #fff; overflow-x: auto; }}
+figure svg {{ width: 100%; min-width: 42rem; height: auto; }}
 figcaption, .note {{ color: #888; font-size: .9rem; }}
 figcaption {{ background: Canvas; padding-top: .5rem; }}
 </style>
