@@ -117,6 +117,11 @@ def _ahead(config: Config, n_images: int, n_workers: int, strategy: "Strategy") 
         f"then {format_count(config.final.top_k * config.final.seeds, 're-evaluation')} and a "
         f"final training of up to {format_count(config.final.max_epochs, 'epoch')}.",
     ]
+    if strategy.horizon(config.n_trials - 1) == 0:
+        lines += [
+            "All of them are the search's first ones, initial or drawn at random: raise",
+            "budget.trials or ga.generations for it to go on from them.",
+        ]
     if strategy.generation(0) is None:
         at_once = config.n_trials - strategy.horizon(config.n_trials) + 1
         if n_workers > at_once:

@@ -415,7 +415,8 @@ def _no_setting(key: str, config_name: str) -> str:
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.52)
+    others = [other for other in words if other != word]  # a key of another choice of its group
+    found = difflib.get_close_matches(word, others, n=1, cutoff=0.52)
     return f" (nearest: {found[0]})" if found else ""
 
 

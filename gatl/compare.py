@@ -38,6 +38,8 @@ against time, as compare.html, compare.png and compare.csv in that folder. A
 sweep does so by itself at its end."""
 
 RESULT = "result.json"
+MANY = 3
+"""Overrides that differ, up to which they name the groups."""
 NO_DIFFERENCE = ("seed", "evaluator.workers", "logger", "cache", "hydra")
 """Overrides that make no other result, or tell repetitions apart."""
 COLUMNS = (
@@ -225,8 +227,20 @@ def grouped(runs: Sequence[Run]) -> tuple[str, list[Group]]:
         words = [f"{key}={value}" for key, value in values.items()]
         name = ", ".join(values.values() if len(values) == 1 else words)
         groups.setdefault(name or "all runs", []).append(run)
+    if len(differing) > MANY:  # nobody could read that: the page lists what each run was told
+        named = {runs[0].folder.name: runs for runs in groups.values()}
+        if len(named) == len(groups):
+            return "first run", [Group(name, members) for name, members in named.items()]
     heading = differing[0] if len(differing) == 1 else ""
     return heading, [Group(name, members) for name, members in groups.items()]
+
+
+def _mixed_data(runs: Sequence[Run]) -> list[str]:
+    """Say so, if the runs have not the same images, so that their losses cannot be compared."""
+    keys = {key for run in runs for key in run.overrides if f"{key}.".startswith("data.")}
+    if all(len({_setting(run, key) for run in runs}) == 1 for key in keys):
+        return []
+    return ["The runs differ in their data: their losses and accuracies cannot be compared."]
 
 
 def _setting(run: Run, key: str) -> str:
@@ -251,6 +265,12 @@ def _ranked(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return the rows, lowest mean val_loss first."""
     rows = [group.row() for group in groups]
     return sorted(rows, key=lambda r: math.inf if r["val_loss"] is None else r["val_loss"])
+
+
+def _told(run: Run, folder: Path) -> str:
+    """Write where a run lies and what it was told."""
+    words = " ".join(f"{key}={value}" for key, value in run.overrides.items())
+    return f"{run.folder.relative_to(folder)}: {words or '(nothing)'}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -301,7 +321,7 @@ def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
         unit, name = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
         lines = {}
         for i, group in enumerate(group for group in groups if group.begun):
-            look = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+            look = {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.", ":")[i % 4]}
             for ax, (x, best), scale in (
                 (axes[0], group.by_trials(), 1.0),
                 (axes[1], group.by_time(longest), unit),
@@ -403,9 +423,7 @@ def save(heading: str, groups: Sequence[Group], folder: Path, left_out: Sequence
             notes="\n".join(f"<li>{escape(line)}</li>" for line in [*_unfinished(rows), *left_out]),
             svg=drawing[drawing.index("<svg") :],
             runs="\n".join(
-                f"<li>{escape(str(run.folder.relative_to(folder)))}: {escape(group.name)}</li>"
-                for group in groups
-                for run in group.runs
+                f"<li>{escape(_told(run, folder))}</li>" for group in groups for run in group.runs
             ),
         )
         (folder / "compare.html").write_text(page, encoding="utf-8")
@@ -421,6 +439,7 @@ def compare(folder: Path) -> None:
     """
     runs, left_out = read_runs(folder)
     heading, groups = grouped(runs)
+    left_out = [*_mixed_data(runs), *left_out]
     console = new_console()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column(heading, overflow="fold")

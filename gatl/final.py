@@ -149,8 +149,8 @@ def finish(session: Session) -> float:
         raise UserError(f"No trial of {folder} has ended yet: {resume_command(folder)}")
     if best is None or best.value is None:
         raise UserError(
-            f"No trial of {folder} completed, so there is no best one: see the column error of "
-            "history.csv."
+            f"No trial of {folder} completed, so there is no best one: go on with "
+            f"{resume_command(folder)}, or see the column error of history.csv."
         )
     if (made := made_before(folder, session.config, len(ended))) is not None:
         console.print(made, soft_wrap=True)

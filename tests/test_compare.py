@@ -69,12 +69,24 @@ def test_runs_that_differ_by_their_seed_are_one_group(sweep: Path) -> None:
     make_run(sweep / "4", ["data=digits", "+x.y=<b>&'", "seed=3"], [])
     heading, groups = compare.grouped(compare.read_runs(sweep)[0])
     assert (heading, groups[2].name) == ("search", "(default)")
-    make_run(sweep / "5", ["search=genetic", "ga.pop=4"], [])
+    make_run(sweep / "5", ["search=genetic", "data=digits", "+x.y=<b>&'", "ga.pop=4"], [])
     heading, groups = compare.grouped(compare.read_runs(sweep)[0])
     assert heading == ""
-    assert groups[0].name == "search=genetic, data=digits, x.y=<b>&', ga.pop=(default)"
+    assert groups[0].name == "search=genetic, ga.pop=(default)"
     heading, (alone,) = compare.grouped(compare.read_runs(sweep / "0")[0])
     assert (heading, alone.name, len(alone.runs)) == ("", "all runs", 1)
+
+
+def test_runs_that_differ_in_much_are_named_by_their_folders(sweep: Path, capsys) -> None:
+    make_run(sweep / "4", ["data=flowers", "a=1", "b=2", "seed=3"], [(2.0, 1.0)])
+    heading, groups = compare.grouped(compare.read_runs(sweep)[0])
+    assert heading == "first run"
+    assert [(g.name, len(g.runs)) for g in groups] == [("0", 2), ("2", 2), ("4", 1)]
+    compare.compare(sweep)
+    assert "The runs differ in their data" in capsys.readouterr().out
+    page = (sweep / "compare.html").read_text()
+    assert "<li>4: data=flowers a=1 b=2</li>" in page
+    assert "The runs differ in their data" in page
 
 
 def test_jobs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:

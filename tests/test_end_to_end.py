@@ -439,6 +439,18 @@ def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, 
 
 
 @pytest.mark.parametrize(
+    ("search", "first"), [("genetic", 12), ("annealing", 12), ("regularized_evolution", 12)]
+)
+def test_a_budget_that_ends_before_a_search_has_begun_is_named(search, first):
+    for n_trials, named in ((first, True), (first + 5, False)):
+        words = [f"search={search}", f"budget.trials={n_trials}", "data.image_size=32"]
+        config = checked(compose(words))
+        lines = __main__._ahead(config, 3019, 2, build_strategy(config))
+        assert max(map(len, lines)) <= 80
+        assert ("raise budget.trials" in " ".join(lines)) == named
+
+
+@pytest.mark.parametrize(
     ("search", "at_once"),
     [("search=annealing", 4), ("search=tpe", 5), ("search=random", 16), ("search=genetic", None)],
 )

@@ -1,5 +1,7 @@
 """From the configuration to the strategy."""
 
+import re
+
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
@@ -18,5 +20,9 @@ def build_strategy(config: Config) -> Strategy:
         build = instantiate(config.search, _partial_=True, _convert_="all")
         strategy: Strategy = build(space=config.space, seed=config.seed, initial=config.initial)
     except (InstantiationException, TypeError, ValueError) as error:
-        raise UserError(f"search cannot be built: {str(error).splitlines()[0]}") from error
+        message = str(error).splitlines()[0]
+        of_setting = re.match(r"\w*", message)[0] in config.search  # type: ignore[index]
+        raise UserError(
+            f"search.{message}" if of_setting else f"search cannot be built: {message}"
+        ) from error
     return strategy
