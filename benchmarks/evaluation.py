@@ -44,7 +44,7 @@ from rich.console import Console
 from scipy.stats import qmc
 from torch import Tensor
 
-from gatl.chromosome import Gene, Value
+from gatl.chromosome import Gene, SearchSpace, Value
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.cost import expected_costs
@@ -112,17 +112,20 @@ def main() -> None:
 
 
 def spread(config: Config, n: int) -> list[Genes]:
-    """Return the initial chromosomes, then a scrambled Sobol design (Sobol' 1967) of the space."""
-    space = config.space
+    """Return the initial chromosomes, then a Sobol design of the space, so many in all."""
+    return [*map(dict, config.initial), *sobol(config.space, n)][:n]
+
+
+def sobol(space: SearchSpace, n: int) -> list[Genes]:
+    """Return a scrambled Sobol design (Sobol' 1967) of at least so many chromosomes, repaired."""
     m = math.ceil(math.log2(max(1, n)))  # a power of two is what keeps the design balanced
     points = qmc.Sobol(len(space.genes), rng=0).random_base2(m)
-    drawn = [
+    return [
         space.to_dict(
             space.repair([_at(gene, u) for gene, u in zip(space.genes, point, strict=True)])
         )
         for point in points
     ]
-    return [*map(dict, config.initial), *drawn][:n]
 
 
 def _at(gene: Gene, u: float) -> Value:

@@ -35,7 +35,7 @@ from gatl.streams import Purpose, generator
 Genes = dict[str, Value]
 
 
-def subset(root: str, folder: Path, n_train: int, n_val: int) -> None:
+def subset(root: str, folder: Path, n_train: int, n_val: int, n_classes: int | None = None) -> None:
     """Copy some photographs into ``folder/{train,val,test}/<class>/``, the classes alike.
 
     Args:
@@ -43,14 +43,16 @@ def subset(root: str, folder: Path, n_train: int, n_val: int) -> None:
         folder: Where to; made anew.
         n_train: Training images, in all.
         n_val: Validation images, in all, and as many test images.
+        n_classes: So many classes, the first by name; None: all.
 
     Raises:
         UserError: If a class has too few.
     """
     shutil.rmtree(folder, ignore_errors=True)
     source = load(root)
-    n_classes = len(source.classes)
-    for index, name in enumerate(source.classes):
+    classes = source.classes[:n_classes]
+    n_classes = len(classes)
+    for index, name in enumerate(classes):
         members = np.flatnonzero(source.train.labels == index)
         order = iter(generator(0, Purpose.SPLIT, index).permutation(members).tolist())
         sizes = {"train": n_train // n_classes, "val": n_val // n_classes}

@@ -319,21 +319,25 @@ def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
         longest = max(run.seconds for group in groups for run in group.runs)
         unit, name = (60.0, "minutes") if longest > 180 else (1.0, "seconds")
-        lines = {}
+        lines: dict[str, Any] = {}
+        limits: list[float] = []
         for i, group in enumerate(group for group in groups if group.begun):
             look = {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.", ":")[i % 4]}
             for ax, (x, best), scale in (
                 (axes[0], group.by_trials(), 1.0),
                 (axes[1], group.by_time(longest), unit),
             ):
-                mean = best.mean(0)
+                mean, sd = best.mean(0), best.std(0, ddof=len(best) > 1)
+                low, high = mean - sd, mean + sd
                 (lines[group.name],) = ax.step(x / scale, mean, where="post", **look)
-                if len(best) > 1:
-                    sd = best.std(0, ddof=1)
-                    low, high = mean - sd, mean + sd
-                    ax.fill_between(
-                        x / scale, low, high, step="post", color=look["color"], alpha=0.15, lw=0
-                    )
+                ax.fill_between(
+                    x / scale, low, high, step="post", color=look["color"], alpha=0.15, lw=0
+                )
+                later = x >= x[-1] / 4
+                limits += [low[later].min(), high[later].max()]
+        if limits:  # the first, poor results may leave the picture
+            margin = 0.05 * (max(limits) - min(limits)) or 0.01
+            axes[0].set_ylim(min(limits) - margin, max(limits) + margin)
         axes[0].set(xlabel="trials", ylabel="best val_loss so far")
         axes[1].set(xlabel=f"time, {name}")
         for ax in axes:

@@ -216,6 +216,7 @@ class GAConfig:
     tournament_size: int
     crossover_prob: float
     mutation_prob: float
+    mutation_step: float | None
     n_elites: int
     duplicate_retries: int
 
@@ -228,6 +229,9 @@ class GAConfig:
         _require(1 <= size <= self.pop, "ga.tournament_size", size, allowed)
         _require_range("ga.crossover_prob", self.crossover_prob, 0, 1)
         _require_range("ga.mutation_prob", self.mutation_prob, 0, 1)
+        step = self.mutation_step
+        holds = step is None or 0 < step < math.inf
+        _require(holds, "ga.mutation_step", step, "a number above 0, or null")
         allowed = f"in [0, {self.pop - 1}], below ga.pop={self.pop}"
         _require(0 <= self.n_elites < self.pop, "ga.n_elites", self.n_elites, allowed)
         _require_range("ga.duplicate_retries", self.duplicate_retries, 0, 1000)

@@ -93,6 +93,8 @@ RANGES = {
     "ga.crossover_prob=often": NUMBER,
     "ga.mutation_prob=-0.1": "in [0, 1]",
     "ga.mutation_prob=nan": "in [0, 1]",
+    "ga.mutation_step=0": "a number above 0, or null",
+    "ga.mutation_step=inf": "a number above 0, or null",
     "ga.n_elites=12": "in [0, 11], below ga.pop=12",
     "ga.n_elites=-1": "in [0, 11], below ga.pop=12",
     "ga.duplicate_retries=1001": "in [0, 1000]",
@@ -178,7 +180,7 @@ MESSAGES = {
     ),
     ("+ga.size=1",): (
         "ga.size is no setting: ga has mode, pop, generations, tournament_size, crossover_prob, "
-        "mutation_prob, n_elites, duplicate_retries."
+        "mutation_prob, mutation_step, n_elites, duplicate_retries."
     ),
     ("++resume=outputs",): ("resume=RUN_FOLDER goes on with a run only as it stands, without +."),
     ("ga.pop=${x}",): "The configuration cannot be resolved: Interpolation key 'x' not found.",
@@ -405,6 +407,7 @@ KEYS = [
     "ga.pop",
     "ga.n_elites",
     "ga.mutation_prob",
+    "ga.mutation_step",
     "search.initial",
     "space",
     "space.dropout",

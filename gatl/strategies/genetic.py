@@ -72,6 +72,7 @@ class Genetic(Strategy):
         tournament_size: See `Breeding`, as the others of these.
         crossover_prob: See there.
         mutation_prob: See there.
+        mutation_step: See there.
         n_elites: Elites, in [0, pop).
         duplicate_retries: See there.
     """
@@ -86,6 +87,7 @@ class Genetic(Strategy):
         tournament_size: int,
         crossover_prob: float,
         mutation_prob: float,
+        mutation_step: float | None,
         n_elites: int,
         duplicate_retries: int,
     ) -> None:
@@ -96,7 +98,9 @@ class Genetic(Strategy):
         super().__init__(space=space, seed=seed, initial=initial)
         self.pop = pop
         self.n_elites = n_elites
-        self.breeding = Breeding(tournament_size, crossover_prob, mutation_prob, duplicate_retries)
+        self.breeding = Breeding(
+            tournament_size, crossover_prob, mutation_prob, mutation_step, duplicate_retries
+        )
         # The last result and what it came from: no state, it only saves doing the same again.
         self._memo: tuple[_Lineage, list[Chromosome]] = _START, []
 

@@ -48,6 +48,7 @@ class SteadyState(Strategy):
         tournament_size: See `Breeding`, as the others of these.
         crossover_prob: See there.
         mutation_prob: See there.
+        mutation_step: See there.
         duplicate_retries: See there.
         lag: In [0, inf).
     """
@@ -62,6 +63,7 @@ class SteadyState(Strategy):
         tournament_size: int,
         crossover_prob: float,
         mutation_prob: float,
+        mutation_step: float | None,
         duplicate_retries: int,
         lag: int,
     ) -> None:
@@ -69,7 +71,9 @@ class SteadyState(Strategy):
         super().__init__(space=space, seed=seed, initial=initial)
         self.pop = pop
         self.lag = lag
-        self.breeding = Breeding(tournament_size, crossover_prob, mutation_prob, duplicate_retries)
+        self.breeding = Breeding(
+            tournament_size, crossover_prob, mutation_prob, mutation_step, duplicate_retries
+        )
         self._memo = _START  # the last lineage: it only saves going through the record again
 
     def _first(self, number: int) -> int:

@@ -25,6 +25,7 @@ def make(space: SearchSpace = LAYERS, **changed: Any) -> Genetic:
         "tournament_size": 64,
         "crossover_prob": 0.0,
         "mutation_prob": 0.0,
+        "mutation_step": None,
         "n_elites": 1,
         "duplicate_retries": 0,
     }

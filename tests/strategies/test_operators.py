@@ -85,6 +85,22 @@ def test_mutation_rate_is_per_gene(space: SearchSpace) -> None:
         assert stats.binomtest(changed, 10_000, 0.3 * (1 - same)).pvalue > 1e-3
 
 
+def test_a_mutation_with_a_step_is_normal_in_the_scale_of_the_gene(space: SearchSpace) -> None:
+    """Small steps from the middle, which no end of a range reflects."""
+    rng = np.random.default_rng(8)
+    start = (30, 9, 10**-3.5, 0.5)
+    children = [mutate(start, space, 0.3, rng, 0.05) for _ in range(10_000)]
+    moves = np.array([[c[2], c[3]] for c in children])
+    scaled = (np.log10(moves[:, 0]) + 3.5) / 5, (moves[:, 1] - 0.5) / 0.8
+    for moved in scaled:
+        hit = moved[np.abs(moved) > 1e-12]
+        assert stats.binomtest(len(hit), 10_000, 0.3).pvalue > 1e-3
+        assert stats.kstest(hit, stats.norm(0, 0.05).cdf).pvalue > 1e-3
+    for index in (0, 1):  # whole numbers that are hit do move
+        changed = sum(child[index] != start[index] for child in children)
+        assert stats.binomtest(changed, 10_000, 0.3).pvalue > 1e-3
+
+
 @given(data=st.data())
 def test_children_are_inside_the_space(
     spaces: st.SearchStrategy[SearchSpace], data: st.DataObject
@@ -96,7 +112,8 @@ def test_children_are_inside_the_space(
     for genes in zip(a, b, *crossed, strict=True):
         assert sorted(genes[:2]) == sorted(genes[2:])  # nothing lost, nothing new
     for child in crossed:
-        mutant = mutate(child, space, data.draw(st.floats(0, 1)), rng)
+        step = data.draw(st.none() | st.floats(1e-3, 10))
+        mutant = mutate(child, space, data.draw(st.floats(0, 1)), rng, step)
         assert mutant == space.repair(mutant)
         for gene, value in zip(space.genes, mutant, strict=True):
             assert type(value) is gene.kind
@@ -108,7 +125,9 @@ def test_a_fixed_gene_never_changes() -> None:
         (Gene("included_layers", 9, 58), Gene("frozen_layers", 9, 9), Gene("dropout", 0.5, 0.5))
     )
     rng = np.random.default_rng(7)
-    assert {mutate((58, 9, 0.5), space, 1.0, rng)[1:] for _ in range(300)} == {(9, 0.5)}
+    for step in (None, 0.5):
+        mutants = {mutate((58, 9, 0.5), space, 1.0, rng, step)[1:] for _ in range(300)}
+        assert mutants == {(9, 0.5)}
 
 
 def shares(space: SearchSpace, chromosome: Chromosome) -> list[float]:

@@ -17,6 +17,7 @@ SETTINGS: dict[str, Any] = {
     "tournament_size": 64,  # the best, as good as certainly
     "crossover_prob": 0.0,
     "mutation_prob": 0.0,
+    "mutation_step": None,
     "duplicate_retries": 0,
     "lag": 0,
 }

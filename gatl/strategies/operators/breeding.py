@@ -18,13 +18,16 @@ class Breeding:
     Attributes:
         tournament_size: Individuals in a tournament, in [1, inf).
         crossover_prob: Probability that the pair crosses over, in [0, 1].
-        mutation_prob: Probability that a gene is redrawn, in [0, 1].
+        mutation_prob: Probability that a gene is mutated, in [0, 1].
+        mutation_step: How far it moves then, as a share of its range, in (0, inf);
+            None: it is redrawn.
         duplicate_retries: How often at most a known child is mutated again, in [0, inf).
     """
 
     tournament_size: int
     crossover_prob: float
     mutation_prob: float
+    mutation_step: float | None
     duplicate_retries: int
 
 
@@ -55,9 +58,9 @@ def breed(
     if rng.random() < settings.crossover_prob:
         a, b = two_point_crossover(a, b, rng)
     for crossed in (a, b):
-        child = mutate(crossed, space, settings.mutation_prob, rng)
+        child = mutate(crossed, space, settings.mutation_prob, rng, settings.mutation_step)
         for _ in range(settings.duplicate_retries):
             if child not in known:
                 break
-            child = mutate(child, space, settings.mutation_prob, rng)
+            child = mutate(child, space, settings.mutation_prob, rng, settings.mutation_step)
         yield child

@@ -36,11 +36,12 @@ def neighbour(
     values = list(chromosome)
     for i, hit in zip(free, moves, strict=True):
         if hit:
-            values[i] = _moved(space.genes[i], values[i], step, rng)
+            values[i] = moved(space.genes[i], values[i], step, rng)
     return space.repair(values)
 
 
-def _moved(gene: Gene, value: Value, step: float, rng: np.random.Generator) -> float:
+def moved(gene: Gene, value: Value, step: float, rng: np.random.Generator) -> float:
+    """Return a gene's value after a move, see `neighbour`; of a whole number one that rounds."""
     low, high, x = (math.log(v) if gene.log else v for v in (gene.low, gene.high, value))
     width = high - low
     if width == 0:  # the logarithms of neighbouring numbers
