@@ -38,25 +38,27 @@ DEFAULTS = {
 BASELINE = "genetic"
 
 
-def recipe(frozen: int, learning_rate: float, *more: str) -> tuple[str, ...]:
+def recipe(frozen: str, learning_rate: str, *more: str) -> tuple[str, ...]:
     """Return the words of a run that trains one chromosome and searches nothing."""
-    genes = {"included_layers": 58, "frozen_layers": frozen}
-    genes |= {"learning_rate": learning_rate, "dropout": 0.5}
-    written_genes = ",".join(f"{name}:{value}" for name, value in genes.items())
+    genes = (
+        *("included_layers:${model.n_layers}", f"frozen_layers:{frozen}"),
+        *(f"learning_rate:{learning_rate}", "dropout:0.5"),
+    )
     only_one = ("budget.trials=1", "final.top_k=1", "final.seeds=1", "pruner=none")
-    return (f"search.initial=[{{{written_genes}}}]", *only_one, *more)
+    return (f"search.initial=[{{{','.join(genes)}}}]", *only_one, *more)
 
 
-PROBE = ("model.n_freezable=58",)
+ALL = "${model.n_layers}"
+PROBE = (f"model.n_freezable={ALL}",)
 """A linear probe lies outside of the space: no more than 18 layers can be frozen in it."""
 METHODS: dict[str, tuple[str, ...]] = {
     "genetic": (),
     "random": ("search=random", "search.initial=[]"),
     "tpe": ("search=tpe", "search.initial=[]"),
-    "linear probe, lr 1e-3": recipe(58, 1e-3, *PROBE),
-    "linear probe, lr 1e-2": recipe(58, 1e-2, *PROBE),
-    "full fine-tuning, lr 1e-3": recipe(0, 1e-3),
-    "full fine-tuning, lr 1e-4": recipe(0, 1e-4),
+    "linear probe, lr 1e-3": recipe(ALL, "1e-3", *PROBE),
+    "linear probe, lr 1e-2": recipe(ALL, "1e-2", *PROBE),
+    "full fine-tuning, lr 1e-3": recipe("0", "1e-3"),
+    "full fine-tuning, lr 1e-4": recipe("0", "1e-4"),
 }
 
 
@@ -81,7 +83,7 @@ def main() -> None:
         for name in names:
             folder = output / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
             # A later word wins.
-            once(folder, [*words, *METHODS[name], *extra, f"seed={seed}"])
+            once(folder, [*words, *extra, *METHODS[name], f"seed={seed}"])
             runs.append({"method": name, "seed": seed, **figures(folder)})
             print(f"seed {seed}: {name} {runs[-1]['test_accuracy']:.1%}", file=sys.stderr)
     result = {"name": given["name"], "trials": trials, "methods": summary(runs), "runs": runs}

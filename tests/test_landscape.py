@@ -94,20 +94,27 @@ def save_photos(folder):
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
 
 
-def test_landscape_records_real_fits_and_goes_on(tmp_path, monkeypatch, capsys):
-    save_photos(tmp_path / "photos")
+def tiny_network(weights):
+    """Save weights, and return the words that make a network of them."""
     tiny = {"growth_rate": 4, "init_features": 8, "block_config": [2, 2]}
     network = se_densenet(
         4, 2, 0.0, **tiny, se_placement="block", se_init="identity", dropout_at="head"
     )
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")}
     card = {"se": {"placement": "block", "gate": "2*sigmoid"}}
-    safetensors.torch.save_file(tensors, "tiny.safetensors", {CARD_KEY: json.dumps(card)})
+    safetensors.torch.save_file(tensors, weights, {CARD_KEY: json.dumps(card)})
+    return (
+        *(f"model.network.{key}={value}".replace(" ", "") for key, value in tiny.items()),
+        *("model.n_layers=4", "model.n_freezable=2", f"model.weights={weights}"),
+        *("trainer.accelerator=cpu", "evaluator.workers=1", "data.batch_size=8"),
+    )
+
+
+def test_landscape_records_real_fits_and_goes_on(tmp_path, monkeypatch, capsys):
+    save_photos(tmp_path / "photos")
     words = (
         *("root=photos", "name=tiny", "images=18", "val=9", "classes=3", "epochs=2", "size=32"),
-        *(f"model.network.{key}={value}".replace(" ", "") for key, value in tiny.items()),
-        *("model.n_layers=4", "model.n_freezable=2", "model.weights=tiny.safetensors"),
-        *("trainer.accelerator=cpu", "evaluator.workers=1", "data.batch_size=8"),
+        *tiny_network(tmp_path / "tiny.safetensors"),
         *("repeated=3", "seeds=2", "output=out"),
     )
     with pytest.raises(SystemExit), one_line_errors():
@@ -267,6 +274,48 @@ def test_effects_ranks_and_times_are_what_they_say():
     center = strategies.center(np.arange(101.0))
     assert center["median"] == center["mean"] == 50
     assert 35 < center["low"] < 50 < center["high"] < 65
+
+
+@pytest.mark.slow
+def test_value_makes_real_runs_and_goes_on(tmp_path, monkeypatch, capsys):
+    save_photos(tmp_path / "photos")
+    words = (
+        *("root=photos", "name=tiny", "seeds=1", "trials=2", "size=32", "output=out"),
+        *("only=genetic;linear probe, lr 1e-2", "trainer.max_epochs=1", "final.max_epochs=2"),
+        *(*tiny_network(tmp_path / "tiny.safetensors"), "ga.pop=2"),
+        f"results={tmp_path / 'r.json'}",
+    )
+    run(monkeypatch, "value", *words)
+    printed = capsys.readouterr()
+    assert "| linear probe, lr 1e-2 |" in printed.out
+    result = json.loads((tmp_path / "r.json").read_text())
+    genetic, probe = result["runs"]
+    assert probe["genes"] == {
+        **{"included_layers": 4, "frozen_layers": 4, "learning_rate": 0.01, "dropout": 0.5}
+    }
+    assert probe["epochs"] == 1 + 1 + 2  # the trial, the re-evaluation, the final model
+    assert genetic["epochs"] == 2 + 6 + 2  # two of the best, three seeds each
+    assert probe["test_images"] == genetic["test_images"] == 9
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    run(monkeypatch, "value", *words)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+
+
+def test_value_pairs_the_seeds():
+    value = importlib.import_module("value")
+
+    def one(method, seed, accuracy):
+        figures = {"test_accuracy": accuracy, "val_loss": 1.0, "epochs": 10, "seconds": 60.0}
+        return {"method": method, "seed": seed, **figures}
+
+    runs = [one("genetic", 0, 0.8), one("genetic", 1, 0.7), one("tpe", 0, 0.7), one("tpe", 1, 0.69)]
+    found = value.summary(runs)
+    assert found["genetic"]["less_than_genetic"]["n"] == 0
+    assert found["tpe"]["less_than_genetic"]["mean"] == pytest.approx((0.1 + 0.01) / 2)
+    assert found["tpe"]["less_than_genetic"]["sd"] == pytest.approx(0.09 / 2**0.5)
+    assert "| genetic | 75.0 ± 7.1 % |  | 1.000 ± 0.000 | 10 ± 0 | 1.0 ± 0.0 |" in (
+        value.markdown(found)
+    )
 
 
 @pytest.mark.parametrize(
