@@ -135,8 +135,8 @@ def main() -> None:
     print(markdown(rows))
 
 
-def wanted(given: Mapping[str, str], n_seeds: int, n_slow: int) -> dict[Cell, int]:
-    """Return the cells that are asked for, and how many seeds each has."""
+def wanted(given: Mapping[str, str], n_seeds: int, n_slow: int) -> dict[Cell, range]:
+    """Return the cells that are asked for, and the seeds of each."""
     variants = STRATEGIES | {
         name.strip(): words.replace("+", " ")
         for name, colon, words in (word.partition(":") for word in given["add"].split(";"))
@@ -147,23 +147,23 @@ def wanted(given: Mapping[str, str], n_seeds: int, n_slow: int) -> dict[Cell, in
         raise UserError(f"only={unknown[0]} is none of {'; '.join(variants)}.")
     places = product(simulator.named(given["names"]), simulator.FAMILIES, (True, False))
     return {
-        Cell(*place, name, variants[name]): n_slow if name in SLOW else n_seeds
+        Cell(*place, name, variants[name]): range(n_slow if name in SLOW else n_seeds)
         for place in places
         for name in only
     }
 
 
 def search_all(
-    cells: Mapping[Cell, int], n_trials: int, n_workers: int, output: Path
+    cells: Mapping[Cell, range], n_trials: int, n_workers: int, output: Path
 ) -> dict[Cell, Curves]:
     """Do the searches that ``output`` lacks, on all cores; return all of them."""
     kept: dict[Cell, dict[int, Any]] = {
         cell: read(output / cell.path, cell, n_trials, n_workers) for cell in cells
     }
     todo = [
-        (cell, seed) for cell, n in cells.items() for seed in range(n) if seed not in kept[cell]
+        (cell, seed) for cell, seeds in cells.items() for seed in seeds if seed not in kept[cell]
     ]
-    print(f"{sum(cells.values())} searches, {len(todo)} to do", file=sys.stderr)
+    print(f"{sum(map(len, cells.values()))} searches, {len(todo)} to do", file=sys.stderr)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         running = {
             pool.submit(search, cell, seed, n_trials, n_workers): (cell, seed)
@@ -175,9 +175,9 @@ def search_all(
             append(output / cell.path, kept[cell][seed])
     return {
         cell: Curves(
-            *(np.array([kept[cell][seed][key] for seed in range(n)]) for key in Curves._fields)
+            *(np.array([kept[cell][seed][key] for seed in seeds]) for key in Curves._fields)
         )
-        for cell, n in cells.items()
+        for cell, seeds in cells.items()
     }
 
 

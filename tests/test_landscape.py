@@ -45,7 +45,7 @@ def log_loss(genes, epoch):
     return 0.1 * far**2 + 0.3 * depth**2 + 0.1 * genes["dropout"] + 0.2 / epoch - 0.5
 
 
-def write_table(path, n=96, seeds=3):
+def write_table(path, n=96, seeds=3, noise=NOISE):
     """Write a landscape whose truth is known; those with a learning rate above 0.03 diverge."""
     config = checked(compose(["model=se_densenet121_k12"]))
     design = importlib.import_module("landscape").design(config, n)
@@ -56,7 +56,7 @@ def write_table(path, n=96, seeds=3):
             if seed and i % 3:
                 continue
             failed = genes["learning_rate"] > 0.03
-            shift = NOISE * rng.standard_normal()
+            shift = noise * rng.standard_normal()
             losses = {
                 f"val_loss_{e}": "" if failed else math.exp(log_loss(genes, e) + shift)
                 for e in (1, 2, 3)
@@ -234,6 +234,34 @@ def test_strategies_compares_searches_and_goes_on(tmp_path, monkeypatch, capsys)
     assert "18 searches, 6 to do" in capsys.readouterr().err
 
 
+def test_tuning_descends_and_confirms_with_other_seeds(tmp_path, monkeypatch, capsys):
+    tuning, strategies = importlib.import_module("tuning"), importlib.import_module("strategies")
+    for name in ("bowl", "other"):
+        write_table(tmp_path / "tables" / f"{name}.csv", 64, noise=1e-3)
+    monkeypatch.setattr(strategies, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(strategies.simulator, "FAMILIES", {"process": strategies.simulator.Process})
+    # One level ruins the search: every child is a copy of a parent.
+    monkeypatch.setattr(tuning, "LEVELS", {"ga.mutation_prob": ("0.0", "0.3")})
+    strategies.landscape_of.cache_clear()
+    words = ("tune=bowl", "confirm=other", "seeds=2", "confirm_seeds=2", "rounds=1", "output=out")
+    words = (*words, "start=ga.mutation_prob=0.0+ga.pop=8")
+    run(monkeypatch, "tuning", *words, f"results={tmp_path / 'r.json'}")
+    result = json.loads((tmp_path / "r.json").read_text())
+    (step,) = result["steps"]
+    assert step["scores"]["0.0"] == 1  # the start's own
+    assert step["scores"]["0.3"] < 0.95
+    assert result["best"] == {"ga.mutation_prob": "0.3", "ga.pop": "8"}
+    assert "Best: ga.mutation_prob=0.3 ga.pop=8" in capsys.readouterr().out
+    seeds = {
+        json.loads(line)["seed"]
+        for path in (tmp_path / "out" / "other").rglob("*.jsonl")
+        for line in path.read_text().splitlines()
+    }
+    assert seeds == {1000, 1001}  # which the descent has not seen
+    (confirmed,) = result["confirm"]
+    assert confirmed["200"]["effect"]["n"] == 2
+
+
 class InThisProcess:
     """Runs what is submitted at once; processes of their own would not see the test's tables."""
 
@@ -330,6 +358,8 @@ def test_value_pairs_the_seeds():
         ("strategies", ["trials=49"], "trials must be at least 50, but got 49"),
         ("strategies", ["only=tabu"], "only=tabu is none of genetic; "),
         ("strategies", ["names=x", "only=random"], "There is no landscape 'x'"),
+        ("tuning", [], "tune=flowers5 confirm=cifar20"),
+        ("tuning", ["tune=x", "confirm=x", "trials=100"], "trials must be at least 200"),
         ("value", [], "root=PATH"),
         ("value", ["root=x", "name=x", "only=luck"], "only=luck is none of genetic; random"),
     ],
