@@ -83,6 +83,8 @@ def main() -> None:
         before = entries(SHARED_MEMORY)  # of other programs
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             run = pool.submit(measure, there, fits, output / "run").result()
+        # By now that process has ended, and the fork server's socket should be gone with it.
+        run["left_behind"]["temporary files"] = sorted(entries(output / "temporary"))
         run["left_behind"]["shared memory"] = sorted(orphans(entries(SHARED_MEMORY) - before))
         runs.append({"workers": workers, **run})
     result = {"fits": fits, "images": n_train, "val": n_val, "image_size": size, "runs": runs}
@@ -150,7 +152,6 @@ def measure(config: Config, n: int, folder: Path) -> dict[str, Any]:
         "uss_last_to_first": last["uss_mib"] / first["uss_mib"],
         "left_behind": {
             "run folder": remains(folder),
-            "temporary files": sorted(entries(temporary)),
         },
     }
 
