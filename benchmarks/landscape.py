@@ -149,8 +149,10 @@ def row(n_epochs: int, output: Path, number: int, seed: int, trial: FrozenTrial)
             f"A fit of seed {seed} failed ({outcome.error}): remove {output}/seed{seed}"
         )
     log = output / f"seed{seed}" / "trials" / str(trial.number) / "metrics.csv"
-    with log.open(newline="") as file:
-        epochs = list(csv.DictReader(file))
+    epochs: list[dict[str, str]] = []
+    if log.is_file():  # not of a fit that diverged in its first epoch
+        with log.open(newline="") as file:
+            epochs = list(csv.DictReader(file))
     found: dict[str, Any] = {"chromosome": number, "seed": seed, **trial.params}
     found |= {"state": trial.state.name}
     for name in ("val_loss", "val_accuracy"):

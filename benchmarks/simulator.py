@@ -71,7 +71,6 @@ class Table:
         seeds: (n_fits,).
         genes: (n_fits, 4) in the order of `GENES`.
         losses: (n_fits, epochs) log of the lowest val_loss up to each epoch; NaN of a failed fit.
-        accuracies: (n_fits,) val_accuracy at the lowest val_loss.
         seconds: (n_fits,) of an epoch; NaN of a failed fit.
     """
 
@@ -79,7 +78,6 @@ class Table:
     seeds: NDArray[np.int64]
     genes: Array
     losses: Array
-    accuracies: Array
     seconds: Array
 
     @property
@@ -98,34 +96,19 @@ class Table:
 
 
 def read(path: Path) -> Table:
-    """Read the table of a landscape.
-
-    Raises:
-        UserError: If there is none.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"There is no landscape {path.stem!r}: make it with benchmarks/landscape.py"
-        )
+    """Read the table of a landscape."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    epochs = sum(name.startswith("val_loss_") for name in rows[0])
-
-    def per_epoch(name: str) -> Array:
-        columns = [f"{name}_{epoch}" for epoch in range(1, epochs + 1)]
-        return np.array([[float(row[column] or "nan") for column in columns] for row in rows])
-
-    losses, accuracies = per_epoch("val_loss"), per_epoch("val_accuracy")
+    columns = [name for name in rows[0] if name.startswith("val_loss_")]
+    losses = np.array([[float(row[column] or "nan") for column in columns] for row in rows])
     failed = np.array([row["state"] != "COMPLETE" for row in rows])
     losses[failed] = np.nan
-    best = np.nanargmin(np.where(failed[:, None], 0, losses), axis=1)
-    seconds = np.array([float(row["duration_s"]) / epochs for row in rows])
+    seconds = np.array([float(row["duration_s"]) / len(columns) for row in rows])
     return Table(
         np.array([int(row["chromosome"]) for row in rows]),
         np.array([int(row["seed"]) for row in rows]),
         np.array([[float(row[name]) for name in GENES] for row in rows]),
         np.log(np.minimum.accumulate(losses, axis=1)),
-        accuracies[np.arange(len(rows)), best],
         np.where(failed, np.nan, seconds),
     )
 

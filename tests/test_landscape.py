@@ -9,15 +9,19 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import safetensors.torch
+from optuna.trial import TrialState
 from PIL import Image
 
 from gatl.cli import compose, one_line_errors
 from gatl.config import checked
+from gatl.errors import UserError
 from gatl.evaluation import Fit
 from gatl.models.se_densenet import se_densenet
 from gatl.models.weight_files import CARD_KEY
+from gatl.outcome import Outcome
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NOISE = 0.05
@@ -147,6 +151,21 @@ def test_landscape_records_real_fits_and_goes_on(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "landscape", *words, "fits=16")
     assert (tmp_path / "tables" / "tiny.csv").read_bytes() == before
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("metrics.csv")} == logs
+
+
+def test_a_fit_that_diverged_is_a_row_and_one_that_failed_is_none(tmp_path):
+    landscape = importlib.import_module("landscape")
+
+    def trial(**outcome):
+        attributes = {"outcome": Outcome(**outcome).to_json()}
+        return optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attributes)
+
+    diverged = trial(error="val_loss is nan", diverged=True, duration_s=1.5)
+    row = landscape.row(2, tmp_path, 7, 0, diverged)
+    assert (row["chromosome"], row["state"], row["error"]) == (7, "FAIL", "val_loss is nan")
+    assert (row["val_loss_1"], row["val_loss_2"], row["duration_s"]) == ("", "", "1.500")
+    with pytest.raises(UserError, match=r"A fit of seed 0 failed \(no memory\)"):
+        landscape.row(2, tmp_path, 7, 0, trial(error="no memory"))
 
 
 def test_the_simulator_foretells_what_it_was_not_shown(bowl):
