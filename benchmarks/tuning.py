@@ -16,6 +16,7 @@ Options and their defaults: ``tune= confirm= seeds=40 confirm_seeds=100 trials=2
 rounds=3``, ``start=WORD+WORD`` (Hydra overrides), ``output=outputs/tuning``.
 """
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,13 @@ DEFAULTS = {
     **{"workers": "2", "rounds": "3", "start": "", "output": "outputs/tuning"},
     "results": str(RESULTS / "tuning.json"),
 }
+_FULL = "{{included_layers:58,frozen_layers:{},learning_rate:1e-3,dropout:{}}}"
+INITIAL = {
+    "none": "[]",
+    "default": f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)}]",
+    "less dropout": f"[{_FULL.format(0, 0.2)},{_FULL.format(18, 0.2)}]",
+    "three": f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)},{_FULL.format(9, 0.2)}]",
+}
 LEVELS: dict[str, tuple[str, ...]] = {
     "ga.mutation_step": ("null", "0.05", "0.1", "0.2", "0.3"),
     "ga.mutation_prob": ("0.15", "0.25", "0.4", "0.6"),
@@ -44,6 +52,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "ga.crossover_prob": ("0.0", "0.5", "0.9"),
     "ga.mode": ("generational", "steady_state"),
     "pruner": ("successive_halving", "none"),
+    "search.initial": tuple(INITIAL.values()),
 }
 Settings = Mapping[str, str]
 FRESH = 1000
@@ -107,10 +116,7 @@ def words(settings: Settings) -> list[str]:
 
 def key(settings: Settings) -> str:
     """Return a name for the file of a setting's searches."""
-    return (
-        "_".join(f"{name.removeprefix('ga.')}{value}" for name, value in settings.items())
-        or "start"
-    )
+    return hashlib.sha256(" ".join(words(settings)).encode()).hexdigest()[:16]
 
 
 def score(curves: Sequence[Curves], base: Sequence[Curves]) -> float:
