@@ -43,8 +43,8 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Kernel, Matern, WhiteKernel
 from sklearn.model_selection import KFold
 
-from gatl.cli import one_line_errors
-from gatl.config import Config
+from gatl.cli import compose, one_line_errors
+from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import Fit
 from gatl.final import _write_json
@@ -57,6 +57,7 @@ Array = NDArray[np.float64]
 GENES = ("included_layers", "frozen_layers", "learning_rate", "dropout")
 N_LAYERS = 58
 """Layers of the DenseNets; a landscape is of one of them."""
+NEAR = (0.02, 0.05, 0.1)
 BANDWIDTH = 0.5
 """Decades of learning rate over which the noise is told alike."""
 DEFAULTS = {"names": "", "folds": "10", "results": str(RESULTS / "simulator.json")}
@@ -437,6 +438,7 @@ def measured(name: str, folds: int) -> dict[str, Any]:
             **agreement(held[:, -1], losses[:, -1]),
             "optimum": landscape.optimum,
             "at": landscape.best,
+            **shape(landscape),
         }
     held = held_out(Trees(features(genes), seconds), genes, seconds, folds)
     found["seconds_spearman"] = float(spearmanr(held[:, 0], seconds[:, 0]).statistic)
@@ -449,6 +451,33 @@ def held_out(model: Trees | Process, genes: Array, values: Array, folds: int) ->
     for learn, leave in KFold(folds, shuffle=True, random_state=0).split(x):
         held[leave] = model.again(x[learn], values[learn]).predict(x[leave])
     return held
+
+
+def shape(landscape: Landscape, n: int = 8192, bins: int = 16) -> dict[str, Any]:
+    """Return how much of the space is good, and what each gene alone explains.
+
+    Args:
+        landscape: The landscape.
+        n: Chromosomes drawn at random.
+        bins: Of equal size, for each gene.
+
+    Returns:
+        ``near``: the share of the space within 2, 5 and 10 % of the lowest val_loss;
+        ``main_effects``: Var(E[y | gene]) / Var(y) of y = log val_loss, the first-order
+        index of Sobol' (1993), estimated over bins.
+    """
+    space, rng = checked(compose(["model=se_densenet121_k12"])).space, np.random.default_rng(0)
+    genes = np.array([space.draw(rng) for _ in range(n)], float)
+    y = landscape.losses(genes)[:, -1]
+    effects = {}
+    for i, name in enumerate(GENES):
+        some = np.array_split(y[np.argsort(genes[:, i], kind="stable")], bins)
+        # What bins of random draws would have is not the gene's.
+        by_chance = np.mean([part.var(ddof=1) / len(part) for part in some])
+        means = np.array([part.mean() for part in some])
+        effects[name] = float(max(0.0, means.var(ddof=1) - by_chance) / y.var())
+    near = {str(s): float(np.mean(np.exp(y) <= landscape.optimum * (1 + s))) for s in NEAR}
+    return {"near": near, "main_effects": effects}
 
 
 def agreement(foretold: Array, true: Array) -> dict[str, float]:
@@ -492,6 +521,12 @@ def markdown(result: Mapping[str, Mapping[str, Any]]) -> str:
             *("rank correlation", "of the better half", "lowest val_loss", "at"),
         )
     ]
+    third: list[Sequence[str]] = [
+        (
+            *("landscape", "regressor", *(f"space within {s:.0%} of the lowest" for s in NEAR)),
+            *(f"variance explained by {name}" for name in GENES),
+        )
+    ]
     second: list[Sequence[str]] = [
         (
             *("landscape", "fits", "diverged", "sd between seeds, median", "pooled"),
@@ -508,6 +543,13 @@ def markdown(result: Mapping[str, Mapping[str, Any]]) -> str:
             )
             for family, row in found["families"].items()
         ]
+        third += [
+            (
+                *(name, family, *(f"{share:.1%}" for share in row["near"].values())),
+                *(f"{share:.0%}" for share in row["main_effects"].values()),
+            )
+            for family, row in found["families"].items()
+        ]
         between = found["noise"]
         second.append(
             (
@@ -516,7 +558,7 @@ def markdown(result: Mapping[str, Mapping[str, Any]]) -> str:
                 *(f"{between['spearman_between_seeds']:.2f}", f"{found['seconds_spearman']:.2f}"),
             )
         )
-    return f"{table(*first)}\n\n{table(*second)}"
+    return "\n\n".join([table(*first), table(*second), table(*third)])
 
 
 def written_genes(values: Iterable[float]) -> str:

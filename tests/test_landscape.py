@@ -188,6 +188,17 @@ def test_the_simulator_foretells_what_it_was_not_shown(bowl):
     assert landscape.optimum == pytest.approx(math.exp(-0.5 + 0.01 + 0.2 / 3), rel=0.1)
 
 
+def test_the_shape_of_a_bowl_is_told(bowl):
+    """Of its variance the learning rate has nearly all, the dropout a little, F nothing."""
+    simulator, _, landscape = bowl
+    found = simulator.shape(landscape, 2000)
+    near, effects = found["near"], found["main_effects"]
+    assert 0 < near["0.02"] < near["0.05"] < near["0.1"] < 0.5
+    assert effects["learning_rate"] > 0.8 > 0.2 > effects["included_layers"]
+    assert effects["frozen_layers"] < 0.02
+    assert sum(effects.values()) < 1.05
+
+
 def test_the_noise_is_that_of_the_seeds(bowl):
     simulator, data, landscape = bowl
     found = simulator.of_noise(data)
