@@ -264,6 +264,7 @@ def test_strategies_compares_searches_and_goes_on(tmp_path, monkeypatch, capsys)
     assert "18 searches, 6 to do" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tuning_descends_and_confirms_with_other_seeds(tmp_path, monkeypatch, capsys):
     tuning, strategies = importlib.import_module("tuning"), importlib.import_module("strategies")
     for name in ("bowl", "other"):
