@@ -72,12 +72,11 @@ def main() -> None:
         *("model=se_densenet121_k12", "model.weights=bundled", "pruner=none"),
         *(f"trainer.max_epochs={epochs}", "ga.generations=1", *extra),
     )
-    everything = design(checked(compose([*words])), n)
+    everything, ranks = design(checked(compose([*words])), n), repeated(n, n_repeated)
     copy_photos(given, output / "photos")
     trials = [fitted(everything, words, output, seed=0)]
     ranked = [trial.params for trial in sorted(trials[0], key=rank_key)]
-    # The i-th of m at rank n (i/m)^2: half of them are among the better quarter.
-    again = [ranked[int(n * (i / n_repeated) ** 2)] for i in range(n_repeated)]
+    again = [ranked[rank] for rank in ranks]
     trials += [fitted(again, words, output, seed) for seed in range(1, n_seeds)]
     rows = [row(epochs, output, *fit) for fit in in_order(everything, trials)]
     LANDSCAPES.mkdir(exist_ok=True)
@@ -116,6 +115,17 @@ def design(config: Config, n: int) -> list[Genes]:
     if n < least:
         raise UserError(f"fits must be at least {least}, but got {n}.")
     return list(itertools.islice(distinct.values(), n))
+
+
+def repeated(n: int, m: int) -> list[int]:
+    """Return m distinct ranks below n, of which half are among the better quarter.
+
+    Raises:
+        UserError: If there are too few.
+    """
+    if m > n // 2:
+        raise UserError(f"repeated must be at most half of fits={n}, but got {m}.")
+    return [max(i, int(n * (i / m) ** 2)) for i in range(m)]
 
 
 def fitted(

@@ -153,6 +153,16 @@ def test_landscape_records_real_fits_and_goes_on(tmp_path, monkeypatch, capsys):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("metrics.csv")} == logs
 
 
+@pytest.mark.parametrize(("n", "m"), [(256, 30), (96, 30), (16, 8), (60, 30), (5, 2), (2, 1)])
+def test_what_is_repeated_is_distinct_and_mostly_good(n, m):
+    ranks = importlib.import_module("landscape").repeated(n, m)
+    assert ranks[0] == 0
+    assert ranks == sorted(set(ranks))
+    assert len(ranks) == m
+    assert ranks[-1] < n
+    assert sum(rank < max(n / 4, m / 2) for rank in ranks) >= m // 2
+
+
 def test_a_fit_that_diverged_is_a_row_and_one_that_failed_is_none(tmp_path):
     landscape = importlib.import_module("landscape")
 
@@ -383,6 +393,7 @@ def test_value_pairs_the_seeds():
         ("landscape", [], "name=flowers5"),
         ("landscape", ["name=x"], "root=PATH"),
         ("landscape", ["name=x", "root=photos", "fits=9"], "fits must be at least 27, but got 9"),
+        ("landscape", ["name=x", "root=photos", "fits=40"], "repeated must be at most half of"),
         ("simulator", [], "There is no landscape"),
         ("simulator", ["names=x"], "There is no landscape 'x'"),
         ("simulator", ["fold=2"], "fold=2' is no option"),
