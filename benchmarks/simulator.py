@@ -217,6 +217,11 @@ def noise(data: Table) -> Noise:
     return Noise(np.array(rates), np.array(variances), np.linalg.cholesky(covariance + jitter))
 
 
+def not_rising(losses: Array) -> Array:
+    """Raise losses to those of later epochs, (n, epochs); the last is foretold best."""
+    return np.maximum.accumulate(losses[:, ::-1], axis=1)[:, ::-1]
+
+
 class Landscape:
     """What fits would yield, foretold from a table.
 
@@ -243,7 +248,7 @@ class Landscape:
 
     def losses(self, genes: Array) -> Array:
         """Return the log of the lowest val_loss up to each epoch, (n, epochs), without noise."""
-        return np.minimum.accumulate(self.regressor.predict(features(genes)), axis=1)
+        return not_rising(self.regressor.predict(features(genes)))
 
     def failure(self, genes: Array) -> Array:
         """Return the probability that each diverges, (n,)."""
@@ -293,7 +298,7 @@ class Landscape:
         if fails:
             return Outcome(error="diverged", diverged=True, epochs=1, duration_s=seconds)
         deviations = self._noise.sd(genes[0, 2]) * self._noise.factor @ drawn
-        losses = np.minimum.accumulate(self.losses(genes)[0] + deviations)
+        (losses,) = not_rising(self.losses(genes) + deviations)
         return Outcome(
             val_loss=math.exp(losses[fit.epochs - 1]),
             epochs=fit.epochs,

@@ -191,6 +191,10 @@ def test_the_simulator_foretells_what_it_was_not_shown(bowl):
     row = np.array([list(asked.values())])
     truth = [log_loss(asked, e) for e in (1, 2, 3)]
     assert landscape.losses(row)[0] == pytest.approx(truth, abs=2 * NOISE)
+    assert np.array_equal(
+        simulator.not_rising(np.array([[3.0, 1.0, 2.0], [0.0, 1.0, 0.5]])),
+        [[3.0, 2.0, 2.0], [1.0, 1.0, 0.5]],  # the last one stays
+    )
     assert landscape.failure(np.array([[58, 0, 0.09, 0.5]]))[0] > 0.9
     assert landscape.failure(row)[0] < 0.1
     assert landscape.best["included_layers"] > 50
