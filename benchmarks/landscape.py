@@ -151,7 +151,7 @@ def row(n_epochs: int, output: Path, number: int, seed: int, trial: FrozenTrial)
     """Return a fit's row.
 
     Raises:
-        UserError: If it failed, and not because it diverged.
+        UserError: If it failed, and not because it diverged, or has no whole log.
     """
     outcome = outcome_of(trial)
     if outcome.error and not outcome.diverged:
@@ -163,6 +163,10 @@ def row(n_epochs: int, output: Path, number: int, seed: int, trial: FrozenTrial)
     if log.is_file():  # not of a fit that diverged in its first epoch
         with log.open(newline="") as file:
             epochs = list(csv.DictReader(file))
+    if outcome.error is None and len(epochs) != n_epochs:
+        raise UserError(
+            f"{log} must have {n_epochs} epochs, but has {len(epochs)}: remove {output}/seed{seed}"
+        )
     found: dict[str, Any] = {"chromosome": number, "seed": seed, **trial.params}
     found |= {"state": trial.state.name}
     for name in ("val_loss", "val_accuracy"):

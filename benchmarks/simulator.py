@@ -69,14 +69,12 @@ class Table:
 
     Attributes:
         chromosomes: (n_fits,) the number in the design.
-        seeds: (n_fits,).
         genes: (n_fits, 4) in the order of `GENES`.
         losses: (n_fits, epochs) log of the lowest val_loss up to each epoch; NaN of a failed fit.
         seconds: (n_fits,) of an epoch; NaN of a failed fit.
     """
 
     chromosomes: NDArray[np.int64]
-    seeds: NDArray[np.int64]
     genes: Array
     losses: Array
     seconds: Array
@@ -85,6 +83,13 @@ class Table:
     def failed(self) -> NDArray[np.bool_]:
         """(n_fits,) whether a fit diverged."""
         return np.isnan(self.losses[:, -1])
+
+    @property
+    def repeated(self) -> list[tuple[Array, Array]]:
+        """Genes (4,) and losses (n_seeds, epochs) of the chromosomes with several whole fits."""
+        of = self.chromosomes
+        several = [of == n for n in np.unique(of) if np.sum(of == n) > 1]
+        return [(self.genes[i][0], self.losses[i]) for i in several if not self.failed[i].any()]
 
     def means(self, values: Array) -> tuple[Array, Array]:
         """Return genes and mean values of each chromosome that did not diverge."""
@@ -107,7 +112,6 @@ def read(path: Path) -> Table:
     seconds = np.array([float(row["duration_s"]) / len(columns) for row in rows])
     return Table(
         np.array([int(row["chromosome"]) for row in rows]),
-        np.array([int(row["seed"]) for row in rows]),
         np.array([[float(row[name]) for name in GENES] for row in rows]),
         np.log(np.minimum.accumulate(losses, axis=1)),
         np.where(failed, np.nan, seconds),
@@ -200,12 +204,10 @@ class Noise(NamedTuple):
 def noise(data: Table) -> Noise:
     """Return the noise of the chromosomes that have several seeds."""
     rates, variances, deviations = [], [], []
-    for number in np.unique(data.chromosomes):
-        mine = data.losses[data.chromosomes == number]
-        if len(mine) > 1 and not np.isnan(mine).any():
-            rates.append(math.log10(data.genes[data.chromosomes == number][0, 2]))
-            variances.append(mine[:, -1].var(ddof=1))
-            deviations.append((mine - mine.mean(0)) * math.sqrt(len(mine) / (len(mine) - 1)))
+    for genes, mine in data.repeated:
+        rates.append(math.log10(genes[2]))
+        variances.append(mine[:, -1].var(ddof=1))
+        deviations.append((mine - mine.mean(0)) * math.sqrt(len(mine) / (len(mine) - 1)))
     scaled = [
         d / math.sqrt(variance)
         for d, variance in zip(deviations, variances, strict=True)
@@ -500,11 +502,7 @@ def of_noise(data: Table) -> dict[str, Any]:
     """Return how fits of the same chromosomes agree."""
     found = noise(data)
     sds = np.sqrt(found.variances)
-    several = [
-        mine
-        for number in np.unique(data.chromosomes)
-        if len(mine := data.losses[data.chromosomes == number, -1]) > 1 and not np.isnan(mine).any()
-    ]
+    several = [losses[:, -1] for _, losses in data.repeated]
     pairs = [
         spearmanr([mine[a] for mine in several], [mine[b] for mine in several]).statistic
         for a, b in combinations(range(min(map(len, several))), 2)

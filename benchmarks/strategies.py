@@ -20,6 +20,7 @@ semicolons.
 """
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -37,16 +38,15 @@ from common import RESULTS, options, origin, table, whole
 from landscape import LANDSCAPES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from optuna.trial import TrialState
 from scipy.stats import rankdata, wilcoxon
+from simulator import Array
 
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.final import _write_json
 
-Array = NDArray[np.float64]
 DEFAULTS = {
     **{"seeds": "100", "slow_seeds": "10", "trials": "200", "workers": "2", "names": ""},
     **{"only": "", "add": "", "output": "outputs/simulated", "plot": "docs/strategies.png"},
@@ -185,8 +185,19 @@ def read(path: Path, cell: Cell, n_trials: int, n_workers: int) -> dict[int, dic
     """Return the searches that a file holds of a cell, by seed."""
     lines = path.read_text().splitlines() if path.is_file() else []
     searches = [json.loads(line) for line in lines]
-    asked = [cell.words, n_trials, n_workers]
-    return {found["seed"]: found for found in searches if found["asked"] == asked}
+    same = asked(cell, n_trials, n_workers)
+    return {found["seed"]: found for found in searches if found["asked"] == same}
+
+
+def asked(cell: Cell, n_trials: int, n_workers: int) -> list[Any]:
+    """Return what a search that is kept has to agree in, the landscape's content included."""
+    return [cell.words, n_trials, n_workers, digest(cell.landscape)]
+
+
+@functools.cache
+def digest(name: str) -> str:
+    """Return the SHA-256 of a landscape's table."""
+    return hashlib.sha256((LANDSCAPES / f"{name}.csv").read_bytes()).hexdigest()
 
 
 def append(path: Path, found: Mapping[str, Any]) -> None:
@@ -208,13 +219,12 @@ def search(cell: Cell, seed: int, n_trials: int, n_workers: int) -> dict[str, An
         if trial.state is TrialState.COMPLETE and trial.value < best:
             best, genes = trial.value, [trial.params[name] for name in simulator.GENES]
         incumbents.append(genes if best < np.inf else [])
-    worst = float(np.log(WORST))
-    true = landscape.losses(np.array([g for g in incumbents if g], float))[:, -1]
-    true = np.concatenate([np.full(len(incumbents) - len(true), worst), true])
+    true = np.exp(landscape.losses(np.array([g for g in incumbents if g], float))[:, -1])
+    true = np.concatenate([np.full(len(incumbents) - len(true), WORST), true])
     return {
         "seed": seed,
-        "asked": [cell.words, n_trials, n_workers],
-        "regret": np.round(np.exp(true) - landscape.optimum, 6).tolist(),
+        "asked": asked(cell, n_trials, n_workers),
+        "regret": np.round(true - landscape.optimum, 6).tolist(),
         "seconds": np.round(np.maximum.accumulate(ends), 2).tolist(),
     }
 
@@ -361,7 +371,7 @@ def draw(found: Mapping[Cell, Curves], path: Path) -> None:
             curve(by_time, times, curves.at_seconds(times), style)
         title = f"{landscape}, {NAMES[family]}"
         by_trials.set(title=title, xlabel="trials", ylabel="regret, nats of val_loss")
-        by_time.set(title=title, xlabel="simulated seconds, two workers")
+        by_time.set(title=title, xlabel="simulated seconds")
         by_trials.set_yscale("log")
         for axis in (by_trials, by_time):
             axis.grid(alpha=0.3)

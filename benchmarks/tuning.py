@@ -37,23 +37,23 @@ DEFAULTS = {
     "results": str(RESULTS / "tuning.json"),
 }
 _FULL = "{{included_layers:58,frozen_layers:{},learning_rate:1e-3,dropout:{}}}"
-INITIAL = {
-    "none": "[]",
-    "default": f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)}]",
-    "less dropout": f"[{_FULL.format(0, 0.2)},{_FULL.format(18, 0.2)}]",
-    "three": f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)},{_FULL.format(9, 0.2)}]",
-}
 LEVELS: dict[str, tuple[str, ...]] = {
     "ga.mutation_step": ("null", "0.05", "0.1", "0.2", "0.3"),
-    "ga.mutation_prob": ("0.15", "0.25", "0.4", "0.6"),
-    "ga.pop": ("8", "12", "16", "24"),
-    "ga.n_elites": ("1", "2", "4", "6"),
+    "ga.mutation_prob": ("0.25", "0.15", "0.4", "0.6"),
+    "ga.pop": ("12", "8", "16", "24"),
+    "ga.n_elites": ("2", "1", "4", "6"),
     "ga.tournament_size": ("2", "3", "4"),
-    "ga.crossover_prob": ("0.0", "0.5", "0.9"),
+    "ga.crossover_prob": ("0.9", "0.5", "0.0"),
     "ga.mode": ("generational", "steady_state"),
     "pruner": ("successive_halving", "none"),
-    "search.initial": tuple(INITIAL.values()),
+    "search.initial": (
+        f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)}]",
+        f"[{_FULL.format(0, 0.2)},{_FULL.format(18, 0.2)}]",
+        f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)},{_FULL.format(9, 0.2)}]",
+        "[]",
+    ),
 }
+"""What each setting can be; the first is gatl's default, so that no setting has two names."""
 Settings = Mapping[str, str]
 FRESH = 1000
 """The first seed of the confirmation."""
@@ -71,7 +71,8 @@ def main() -> None:
         raise UserError(f"trials must be at least {AT[-1]}, but got {numbers['trials']}.")
     seeds, fresh = whole("seeds", given["seeds"]), whole("confirm_seeds", given["confirm_seeds"])
     tune, confirm = simulator.named(given["tune"]), simulator.named(given["confirm"])
-    start = dict(word.partition("=")[::2] for word in given["start"].split("+") if word)
+    start = {name: levels[0] for name, levels in LEVELS.items()}
+    start |= dict(word.partition("=")[::2] for word in given["start"].split("+") if word)
 
     def searched(names: Sequence[str], seeds: range, *all_settings: Settings) -> list[list[Curves]]:
         cells = [
@@ -106,7 +107,7 @@ def main() -> None:
     confirmed = [compared(*pair) for pair in zip(first, last, strict=True)]
     result = {"start": start, "best": best, "steps": steps, "confirm": confirmed}
     _write_json(Path(given["results"]), {**origin(), **result})
-    print(f"\nBest: {' '.join(words(best)) or 'the start'}\n\n{markdown(confirmed)}")
+    print(f"\nBest: {' '.join(words(best))}\n\n{markdown(confirmed)}")
 
 
 def words(settings: Settings) -> list[str]:

@@ -77,6 +77,15 @@ def test_runs_that_differ_by_their_seed_are_one_group(sweep: Path) -> None:
     assert (heading, alone.name, len(alone.runs)) == ("", "all runs", 1)
 
 
+def test_one_poor_first_result_does_not_flatten_the_curves(tmp_path: Path) -> None:
+    losses = [(50.0, 1.0), *((0.9 - number / 100, 10.0 * number) for number in range(1, 9))]
+    make_run(tmp_path / "0", ["search=genetic"], losses)
+    make_run(tmp_path / "1", ["search=random"], losses)
+    _, groups = compare.grouped(compare.read_runs(tmp_path)[0])
+    compare._picture(groups, tmp_path / "p.svg", tmp_path / "p.png")
+    assert ">0.84</text>" in (tmp_path / "p.svg").read_text()  # a tick of a scale from 0.82 to 0.9
+
+
 def test_runs_that_differ_in_much_are_named_by_their_folders(sweep: Path, capsys) -> None:
     make_run(sweep / "4", ["data=flowers", "a=1", "b=2", "seed=3"], [(2.0, 1.0)])
     heading, groups = compare.grouped(compare.read_runs(sweep)[0])

@@ -176,6 +176,18 @@ def test_a_fit_that_diverged_is_a_row_and_one_that_failed_is_none(tmp_path):
     assert (row["val_loss_1"], row["val_loss_2"], row["duration_s"]) == ("", "", "1.500")
     with pytest.raises(UserError, match=r"A fit of seed 0 failed \(no memory\)"):
         landscape.row(2, tmp_path, 7, 0, trial(error="no memory"))
+    with pytest.raises(UserError, match=r"must have 2 epochs, but has 0"):  # no log of its own
+        landscape.row(2, tmp_path, 7, 0, trial(val_loss=0.5, epochs=2))
+
+
+def test_tuning_starts_from_the_defaults():
+    tuning = importlib.import_module("tuning")
+    start = {name: levels[0] for name, levels in tuning.LEVELS.items()}
+    assert checked(compose(tuning.words(start))) == checked(compose([]))
+    for name, levels in tuning.LEVELS.items():
+        assert len(set(levels)) == len(levels)
+        for level in levels:
+            checked(compose([*tuning.words(start), f"{name}={level}"]))
 
 
 def test_the_simulator_foretells_what_it_was_not_shown(bowl):

@@ -41,7 +41,17 @@ def neighbour(
 
 
 def moved(gene: Gene, value: Value, step: float, rng: np.random.Generator) -> float:
-    """Return a gene's value after a move, see `neighbour`; of a whole number one that rounds."""
+    """Move one gene's value, see `neighbour`.
+
+    Args:
+        gene: The gene.
+        value: In its range.
+        step: Standard deviation of the move, as a share of the gene's range, in (0, inf).
+        rng: The source of chance.
+
+    Returns:
+        A number in the range; for a gene of whole numbers it has yet to be rounded.
+    """
     low, high, x = (math.log(v) if gene.log else v for v in (gene.low, gene.high, value))
     width = high - low
     if width == 0:  # the logarithms of neighbouring numbers
