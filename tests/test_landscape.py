@@ -184,6 +184,12 @@ def test_tuning_starts_from_the_defaults():
     tuning = importlib.import_module("tuning")
     start = {name: levels[0] for name, levels in tuning.LEVELS.items()}
     assert checked(compose(tuning.words(start))) == checked(compose([]))
+
+
+@pytest.mark.slow
+def test_tuning_takes_levels_that_gatl_takes():
+    tuning = importlib.import_module("tuning")
+    start = {name: levels[0] for name, levels in tuning.LEVELS.items()}
     for name, levels in tuning.LEVELS.items():
         assert len(set(levels)) == len(levels)
         for level in levels:
