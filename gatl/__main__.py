@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 
 from gatl.cli import (
     compose,
-    compose_resumed,
     default_folder,
     folder_named,
     make_folder,
@@ -27,11 +26,13 @@ from gatl.cli import (
     read_command_line,
     remember,
     resolve_if,
+    resumed,
     split_jobs,
 )
 from gatl.config import Config, checked
 from gatl.data import folder as image_folder
 from gatl.errors import UserError
+from gatl.trust import word_for, words_of
 
 if TYPE_CHECKING:  # Optuna takes a while, which a typing error need not wait for
     from gatl.strategies.base import Strategy
@@ -95,9 +96,12 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
             return finish(session)
     except KeyboardInterrupt:
         # Commands stand on lines of their own, to be copied.
-        console.print(f"Stopped. Go on with\n  {resume_command(folder, *again)}", soft_wrap=True)
+        trust = word_for(config)
+        command = resume_command(folder, *trust, *again)
+        console.print(f"Stopped. Go on with\n  {command}", soft_wrap=True)
         if any_complete(folder):
-            made = f"or make the model of what was found with\n  {final_command(folder)}"
+            command = final_command(folder, *trust)
+            made = f"or make the model of what was found with\n  {command}"
             console.print(made, soft_wrap=True)
         raise
 
@@ -140,10 +144,10 @@ def _ahead(config: Config, n_images: int, n_workers: int, strategy: "Strategy") 
     return lines
 
 
-def resume(folder: Path, overrides: Sequence[str]) -> None:
+def resume(folder: Path, overrides: Sequence[str], trusted: Collection[str]) -> None:
     """Go on with a run, as `run` does."""
-    config = checked(compose_resumed(folder, overrides))
-    from gatl.record import held, original_folder
+    config = resumed(folder, overrides, trusted)
+    from gatl.record import held, return_to_start
 
     with held(folder):  # to be refused needs no torch
         pass
@@ -155,7 +159,7 @@ def resume(folder: Path, overrides: Sequence[str]) -> None:
             remember(folder, overrides)
         new_console().print(made, soft_wrap=True)
         return
-    os.chdir(original_folder(folder))
+    return_to_start(folder)
     run(config, folder, overrides)
 
 
@@ -220,8 +224,10 @@ def main() -> None:
     """Check the command line as far as it can be, then hand it to Hydra."""
     with one_line_errors():
         args = read_command_line()
-        words: list[str] = args.overrides
-        resumed = [word for word in words if word.startswith("resume=")]
+        trusted, words = words_of(args.overrides)
+        folders = [word for word in words if word.startswith("resume=")]
+        if trusted and not folders:
+            raise UserError("trust= goes with resume=: what you compose yourself may name any.")
         elsewhere = args.config_dir or args.config_name or args.config_path
         if args.help or args.info or args.cfg:
             if not elsewhere:
@@ -230,11 +236,11 @@ def main() -> None:
                 job()
         elif elsewhere or args.hydra_help or args.shell_completion:
             job()
-        elif resumed:
-            if args.multirun or len(resumed) > 1:
+        elif folders:
+            if args.multirun or len(folders) > 1:
                 raise UserError("resume= goes on with one run; leave out the sweep.")
-            folder = folder_named(resumed[0].removeprefix("resume="))
-            resume(folder, [word for word in words if word not in resumed])
+            folder = folder_named(folders[0].removeprefix("resume="))
+            resume(folder, [word for word in words if word not in folders], trusted)
         elif args.multirun:
             jobs = split_jobs(words)
             for config in [checked(compose(overrides)) for overrides in jobs]:

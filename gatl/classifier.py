@@ -1,7 +1,9 @@
 """The LightningModule: a layered network trained as a chromosome says."""
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -13,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from gatl.models.layered import LayeredNetwork
+from gatl.trust import require_own, whole
 
 # Looking at a loss makes a GPU wait for it, so it is looked at now and then.
 BATCHES_BETWEEN_CHECKS = 25
@@ -100,6 +103,33 @@ class Classifier(lightning.LightningModule):
         self.train_loss = WeightedMean()
         self.behind_prefix = False  # whether training and validation hand over boundary tensors
         self.epochs: list[dict[str, float]] = []  # the metrics of each finished epoch
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *args: Any, trusted: Collection[str] = (), **kwargs: Any
+    ) -> "Classifier":
+        """Load a checkpoint as Lightning does, and run nothing that it brings.
+
+        Args:
+            checkpoint_path: The file.
+            *args: For Lightning.
+            trusted: Names of functions, beside gatl's own, that it may call to build
+                its network.
+            **kwargs: For Lightning.
+
+        Raises:
+            UserError: If it is no checkpoint by gatl, or is another program's to run.
+        """
+        path = Path(checkpoint_path)
+        with whole(path):
+            saved = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]
+            if not saved.keys() <= inspect.signature(cls).parameters.keys():
+                raise ValueError(f"its settings are {', '.join(map(str, saved))}")
+        require_own(path, {"model": saved}, trusted)
+        loaded: Classifier = super().load_from_checkpoint(
+            path, *args, **kwargs | {"weights_only": True}
+        )
+        return loaded
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, n_classes) for normalised images (B, 3, H, W)."""

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -31,12 +31,12 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from gatl import __version__
 from gatl.chromosome import KNOWN_GENES
-from gatl.config import resolving
-from gatl.errors import UserError
+from gatl.config import Config, checked, resolving
+from gatl.errors import UserError, printable
+from gatl.trust import read_yaml, require_inside, require_plain, whole
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final", "cache")
 _LITERAL = re.compile(
@@ -88,8 +88,10 @@ def read_command_line(command: str = "python -m gatl") -> argparse.Namespace:
     options = sys.argv[1:]
     for word in args.overrides:
         options.remove(word)
-    # resume=FOLDER is no override: its value is taken as it stands.
-    args.overrides = [w if w.startswith("resume=") else quoted(w) for w in args.overrides]
+    # resume=FOLDER and trust=NAMES are no overrides: their values are taken as they stand.
+    args.overrides = [
+        w if w.startswith(("resume=", "trust=")) else quoted(w) for w in args.overrides
+    ]
     sys.argv[1:] = [*args.overrides, *options]
     return args
 
@@ -182,7 +184,7 @@ def one_line_errors() -> Iterator[None]:
             raise
         # What a target raises, Hydra wraps.
         cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        sys.stderr.write("gatl: " + " ".join(str(cause).split()) + "\n")
+        sys.stderr.write(f"gatl: {printable(' '.join(str(cause).split()))}\n")
         sys.exit(1)
 
 
@@ -260,28 +262,46 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for batch in batches for job in batch]
 
 
-def compose_resumed(folder: Path, overrides: Sequence[str]) -> DictConfig:
+def resumed(folder: Path, overrides: Sequence[str], trusted: Collection[str]) -> Config:
+    """Return the checked configuration of a run that goes on, see `compose_resumed`."""
+    with whole(_config_of(folder)):
+        return checked(compose_resumed(folder, overrides, trusted))
+
+
+def compose_resumed(
+    folder: Path, overrides: Sequence[str], trusted: Collection[str] = ()
+) -> DictConfig:
     """Compose the configuration of a run that goes on.
 
     Args:
         folder: The run folder; its ``.hydra/config.yaml`` is the base.
         overrides: Changes to the groups budget, evaluator, logger, final and cache.
+        trusted: The targets that the folder may name beside gatl's own.
 
     Returns:
         The composed configuration, unchecked.
 
     Raises:
-        UserError: If the folder holds no run, or an override may not change.
+        UserError: If the folder holds no run, or one that could run something of its
+            own, or if an override may not change.
     """
-    path = folder / ".hydra" / "config.yaml"
+    path = _config_of(folder)
     if not path.is_file():
         raise UserError(f"{folder} is no run folder: it has no .hydra/config.yaml.")
-    try:
-        config = OmegaConf.load(path)
-    except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    require_inside(folder)
+    config = OmegaConf.create(read_yaml(path))
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is no configuration.")
+    require_plain(path, config, trusted)
+    return _changed(config, overrides)
+
+
+def _config_of(folder: Path) -> Path:
+    return folder / ".hydra" / "config.yaml"
+
+
+def _changed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Apply the overrides with which a run goes on."""
     OmegaConf.set_struct(config, True)
     for override in parse(overrides):
         key, line = override.key_or_group, override.input_line
@@ -312,10 +332,10 @@ def remember(folder: Path, overrides: Sequence[str]) -> None:
     if not overrides:
         return
     kept = folder / ".hydra" / "overrides.yaml"
-    before = OmegaConf.to_object(OmegaConf.load(kept)) if kept.is_file() else []
+    before = read_yaml(kept) if kept.is_file() else []
     keys = {override.key_or_group for override in parse(overrides)}
-    stay = [w for w in before if str(w).partition("=")[0].lstrip("+") not in keys]  # type: ignore[union-attr]
-    config = compose_resumed(folder, overrides)
+    stay = [w for w in before if str(w).partition("=")[0].lstrip("+") not in keys]
+    config = _changed(OmegaConf.create(read_yaml(_config_of(folder))), overrides)
     for path, content in {
         kept.with_name("config.yaml"): config,
         kept: OmegaConf.create([*stay, *overrides]),

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import optuna
-from omegaconf import OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.table import Table
 
 from gatl.cli import folder_named, help_requested, one_line_errors
-from gatl.errors import UserError
+from gatl.errors import UserError, printable
 from gatl.progress import format_count, format_duration, new_console
-from gatl.record import JOURNAL, outcome_of, seconds_of, told_after
+from gatl.record import JOURNAL, outcome_of, require_sound, seconds_of, told_after
+from gatl.trust import read_yaml
 
 HELP = """\
 gatl.compare puts runs beside one another: those of a sweep, or all in a folder.
@@ -152,7 +152,8 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
             runs.append(_read(journal.parent))
         except Exception as error:  # whatever stands in a broken run must not cost the others
             reason = " ".join(str(error).split())
-            left_out.append(f"left out: {journal.parent} ({type(error).__name__} {reason})")
+            line = f"left out: {journal.parent} ({type(error).__name__} {reason})"
+            left_out.append(printable(line))
     if not runs:
         raise UserError(
             left_out[0]
@@ -169,15 +170,13 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 def _yaml(path: Path) -> Any:  # noqa: ANN401
     """Return what a YAML file holds, nothing resolved; None if it is not there."""
-    if not path.is_file():
-        return None
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return read_yaml(path) if path.is_file() else None
 
 
 def _read(folder: Path) -> Run:
     overrides: dict[str, str] = {}
     for word in _yaml(folder / ".hydra" / "overrides.yaml") or ():
-        key, _, value = str(word).lstrip("+").partition("=")
+        key, _, value = printable(str(word)).lstrip("+").partition("=")
         if not f"{key}.".startswith(tuple(f"{name}." for name in NO_DIFFERENCE)):
             overrides[key] = value
     hydra = _yaml(folder / ".hydra" / "hydra.yaml") or {}
@@ -187,6 +186,7 @@ def _read(folder: Path) -> Run:
     if (folder / JOURNAL).stat().st_size:  # else it has only begun
         storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
         study = optuna.load_study(study_name="gatl", storage=storage)
+        require_sound(study)
         trials, seconds = study.get_trials(deepcopy=False), seconds_of(study)
     ended = [trial for trial in trials if trial.state.is_finished()]
     losses = [
@@ -199,7 +199,9 @@ def _read(folder: Path) -> Run:
     )
     result, accuracy = folder / RESULT, None
     if result.is_file():
-        accuracy = float(json.loads(result.read_text())["test"]["accuracy"])
+        accuracy = float(json.loads(result.read_text(encoding="utf-8"))["test"]["accuracy"])
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"{RESULT} holds the accuracy {accuracy}")
     return Run(
         folder,
         overrides,
@@ -228,7 +230,7 @@ def grouped(runs: Sequence[Run]) -> tuple[str, list[Group]]:
         name = ", ".join(values.values() if len(values) == 1 else words)
         groups.setdefault(name or "all runs", []).append(run)
     if len(differing) > MANY:  # nobody could read that: the page lists what each run was told
-        named = {runs[0].folder.name: runs for runs in groups.values()}
+        named = {printable(runs[0].folder.name): runs for runs in groups.values()}
         if len(named) == len(groups):
             return "first run", [Group(name, members) for name, members in named.items()]
     heading = differing[0] if len(differing) == 1 else ""
@@ -250,7 +252,7 @@ def _setting(run: Run, key: str) -> str:
     node: Any = run.config
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
-    return "(default)" if node is None or isinstance(node, dict) else str(node)
+    return "(default)" if node is None or isinstance(node, dict) else printable(str(node))
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -270,7 +272,7 @@ def _ranked(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def _told(run: Run, folder: Path) -> str:
     """Write where a run lies and what it was told."""
     words = " ".join(f"{key}={value}" for key, value in run.overrides.items())
-    return f"{run.folder.relative_to(folder)}: {words or '(nothing)'}"
+    return f"{printable(str(run.folder.relative_to(folder)))}: {words or '(nothing)'}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -402,8 +404,11 @@ def save(heading: str, groups: Sequence[Group], folder: Path, left_out: Sequence
     """Write ``compare.html``, ``compare.png`` and ``compare.csv`` into a folder.
 
     Raises:
-        UserError: If they cannot be written.
+        UserError: If they cannot be written, or would be written elsewhere.
     """
+    for name in ("compare.html", "compare.png", "compare.csv", "compare.svg"):
+        if (folder / name).is_symlink():
+            raise UserError(f"{folder / name} is a link, and would be written through: remove it.")
     rows = _ranked(groups)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -414,7 +419,7 @@ def save(heading: str, groups: Sequence[Group], folder: Path, left_out: Sequence
         _picture(groups, svg, folder / "compare.png")
         drawing = svg.read_text()
         svg.unlink()
-        (folder / "compare.csv").write_text(text.getvalue())
+        (folder / "compare.csv").write_text(text.getvalue(), encoding="utf-8")
         page = _PAGE.format(
             title=escape(
                 format_count(sum(len(group.runs) for group in groups), "run") + " compared"

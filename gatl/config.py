@@ -535,7 +535,7 @@ def checked(composed: DictConfig) -> Config:
         if key not in cfg:
             raise UserError(f"{key} is required: give {key}=VALUE.")
     for name in map(str, cfg):
-        if name not in ("seed", "resume", *GROUPS, "pruner"):
+        if name not in ("seed", "resume", "trust", *GROUPS, "pruner"):
             raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}, pruner.")
     with resolving():
         _fill_elites(cfg.ga)
@@ -545,6 +545,8 @@ def checked(composed: DictConfig) -> Config:
             raise UserError(f"{key} must be a group of settings, but got {cfg[key]!r}.")
     if cfg.get("resume") is not None:
         raise UserError("resume=RUN_FOLDER goes on with a run only as it stands, without +.")
+    if cfg.get("trust") is not None:
+        raise UserError("trust=NAME,NAME goes with resume=RUN_FOLDER, and as it stands, without +.")
     model = _section(ModelConfig, cfg.model, "model")
     search: dict[str, Any] = OmegaConf.to_container(cfg.search)  # type: ignore[assignment]
     initial = search.pop("initial", None) or []

@@ -268,6 +268,11 @@ def _build_logger(config: Config, folder: Path) -> Logger:
         hint = "logger=tensorboard needs pip install 'gatl[tensorboard]'"
         reason = " ".join(str(error.__cause__).split())
         raise UserError(f"The logger cannot be made ({hint}): {reason}") from error
+    there = logger.log_dir  # None: it writes no files
+    if there is not None and not Path(there).resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"The logger would write into {there}, not into {folder}: give it no other folder."
+        )
     return logger
 
 

@@ -40,13 +40,13 @@ from sklearn.metrics import (
 from gatl.chromosome import Value
 from gatl.classifier import Classifier, Diverged
 from gatl.cli import (
-    compose_resumed,
     folder_named,
     help_requested,
     one_line_errors,
     remember,
+    resumed,
 )
-from gatl.config import Config, checked
+from gatl.config import Config
 from gatl.errors import UserError
 from gatl.evaluation import (
     Fit,
@@ -67,13 +67,14 @@ from gatl.ranking import best_distinct, incumbent
 from gatl.record import (
     JOURNAL,
     History,
-    original_folder,
     outcome_of,
     resume_command,
+    return_to_start,
     seconds_of,
 )
 from gatl.session import Session, opened
 from gatl.streams import Purpose
+from gatl.trust import texts, whole, word_for, words_of
 
 PRINTED_CLASSES = 12
 """Classes up to which the confusion matrix is printed; it is always saved."""
@@ -85,10 +86,11 @@ HELP = """\
 gatl.final makes the final model of a search that was interrupted: it evaluates
 the best chromosomes again, retrains the winner and tests it.
 
-  python -m gatl.final run=outputs/DATE/TIME [KEY=VALUE ...]
+  python -m gatl.final run=outputs/DATE/TIME [trust=NAME,NAME] [KEY=VALUE ...]
 
 The overrides may change budget, evaluator, logger, final and cache, for example
-final.top_k, final.seeds, final.max_epochs, final.patience, evaluator.workers."""
+final.top_k, final.seeds, final.max_epochs, final.patience, evaluator.workers.
+A folder of somebody else's may run no code but gatl's and what trust= names."""
 
 _PACKAGES = ("gatl", "torch", "torchvision", "lightning", "optuna", "hydra-core", "numpy")
 
@@ -141,16 +143,18 @@ def finish(session: Session) -> float:
     """
     started = time.monotonic()
     folder, console = session.folder, session.console
-    n_tests = _result(folder).get("tests", 0) + 1  # of this run, this one included
+    trust = word_for(session.config)
+    before = _result(folder).get("tests")
+    n_tests = (before if isinstance(before, int) else 0) + 1  # of this run, this one included
     record = session.study.get_trials(deepcopy=False)
     best = incumbent(record)
     ended = [trial for trial in record if trial.state.is_finished()]
     if not ended:
-        raise UserError(f"No trial of {folder} has ended yet: {resume_command(folder)}")
+        raise UserError(f"No trial of {folder} has ended yet: {resume_command(folder, *trust)}")
     if best is None or best.value is None:
         raise UserError(
             f"No trial of {folder} completed, so there is no best one: go on with "
-            f"{resume_command(folder)}, or see the column error of history.csv."
+            f"{resume_command(folder, *trust)}, or see the column error of history.csv."
         )
     if (made := made_before(folder, session.config, len(ended))) is not None:
         console.print(made, soft_wrap=True)
@@ -168,7 +172,7 @@ def finish(session: Session) -> float:
         (folder / "final" / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise UserError(
             f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
-            f"When that is mended, go on with: {final_command(folder)}"
+            f"When that is mended, go on with: {final_command(folder, *trust)}"
         ) from error
     seconds = seconds_of(session.study) + time.monotonic() - started
     result = {
@@ -221,27 +225,26 @@ def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
     try:
         if result["trials"] < n_ended or result["settings"] != asdict(config.final):
             return None
-        accuracy = result["test"]["accuracy"]
-    except KeyError:
+        return (
+            f"Nothing is left to do: the model of these {result['trials']:d} trials is made and "
+            f"tested (accuracy {result['test']['accuracy']:.1%}).\n{_whereabouts(folder)}"
+        )
+    except (KeyError, TypeError, ValueError):  # damaged
         return None
-    return (
-        f"Nothing is left to do: the model of these {result['trials']} trials is made and tested "
-        f"(accuracy {accuracy:.1%}).\n{_whereabouts(folder)}"
-    )
 
 
 def _result(folder: Path) -> dict[str, Any]:
     """Read ``result.json``; empty if no final model has been made, or it is damaged."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return result if isinstance(result, dict) else {}
 
 
-def final_command(folder: Path) -> str:
+def final_command(folder: Path, *words: str) -> str:
     """Return what a user types to make the final model of what a search has found."""
-    return shlex.join(["python", "-m", "gatl.final", f"run={folder}"])
+    return shlex.join(["python", "-m", "gatl.final", f"run={folder}", *words])
 
 
 def reevaluate(session: Session, record: Iterable[FrozenTrial]) -> list[Candidate]:
@@ -285,7 +288,10 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
     """Return the val_loss of each fit; an interrupted run reads back what it had."""
     path = session.folder / "final" / "reevaluation.json"
     path.parent.mkdir(exist_ok=True)
-    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    with whole(path):
+        known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        for outcome in known.values():
+            Outcome.from_json(outcome)
     waiting = [i for i, fit in enumerate(fits) if str(fit.seed) not in known]
     running = 0
     while waiting or running:
@@ -308,7 +314,7 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
             _write_json(path, lasting)
     if session.stop.is_set():
         raise FitStopped
-    outcomes = [Outcome(**known[str(fit.seed)]) for fit in fits]
+    outcomes = [Outcome.from_json(known[str(fit.seed)]) for fit in fits]
     return [math.inf if o.val_loss is None else o.val_loss for o in outcomes]
 
 
@@ -319,7 +325,7 @@ def _retrain_best(
     if all(candidate.mean == math.inf for candidate in candidates):
         raise UserError(
             "Every candidate failed in its re-evaluation, for the reasons above. When that is "
-            f"mended, go on with  {final_command(session.folder)}"
+            f"mended, go on with  {final_command(session.folder, *word_for(session.config))}"
         )
     for candidate in sorted(candidates, key=lambda candidate: candidate.mean):
         try:
@@ -405,7 +411,8 @@ def retrain(
         ((i + 1, *epoch.values()) for i, epoch in enumerate(curve)),
     )
     best = _best_epoch(curve)
-    loaded = Classifier.load_from_checkpoint(folder / "best.ckpt", weights_only=True)
+    trusted = {config.model.network["_target_"]}
+    loaded = Classifier.load_from_checkpoint(folder / "best.ckpt", trusted=trusted)
     return loaded, {
         "epochs": len(curve),
         "best_epoch": best + 1,
@@ -428,8 +435,10 @@ def _begun(
     last, kept = folder / "last.ckpt", folder / "training.json"
     try:
         if json.loads(kept.read_text(encoding="utf-8")) == settings:
-            curve = torch.load(last, map_location="cpu", weights_only=True)["epochs"]
-            if len(curve) <= max_epochs and (folder / "best.ckpt").is_file():
+            content = torch.load(last, map_location="cpu", weights_only=True)
+            curve, states = content["epochs"], content["callbacks"]
+            begun = len(curve) <= max_epochs and (folder / "best.ckpt").is_file()
+            if begun and _names_own_files(states, folder):
                 return last, curve
     except Exception:  # nothing is there yet, or it is damaged: torch raises many kinds for that
         pass
@@ -437,6 +446,16 @@ def _begun(
     folder.mkdir(parents=True)
     _write_json(kept, settings)
     return None, []
+
+
+def _names_own_files(states: Mapping[str, object], folder: Path) -> bool:
+    """Whether the states of the callbacks name no files but the training's own.
+
+    Lightning deletes the checkpoint that it replaces, wherever a state says that it lies.
+    """
+    root = Path(os.path.realpath(folder))
+    own = {"", "val_loss", str(root), *(str(root / name) for name in ("best.ckpt", "last.ckpt"))}
+    return all(text in own for state in states.values() for text in texts(state))
 
 
 def _best_epoch(curve: Sequence[Mapping[str, float]]) -> int:
@@ -621,20 +640,21 @@ def main() -> None:
     words = sys.argv[1:]
     if help_requested(words, HELP):
         return
+    trusted, words = words_of(words)
     given = [word for word in words if word.startswith("run=")]
     overrides = [word for word in words if word not in given]
     with one_line_errors():
         if len(given) != 1:
             raise UserError("Give one run folder: python -m gatl.final run=outputs/DATE/TIME")
         folder = folder_named(given[0].removeprefix("run="))
-        config = checked(compose_resumed(folder, overrides))
+        config = resumed(folder, overrides, trusted)
         if not (folder / JOURNAL).is_file():
             raise UserError(f"{folder} holds no search yet: it has no {JOURNAL}.")
         console = new_console()
         if (made := made_before(folder, config, config.n_trials)) is not None:
             console.print(made, soft_wrap=True)
             return
-        os.chdir(original_folder(folder))
+        return_to_start(folder)
         try:
             with opened(config, folder, console) as session:
                 remember(folder, overrides)
@@ -642,7 +662,8 @@ def main() -> None:
                 History(folder, config.space.names).update(record, session.strategy.generation)
                 finish(session)
         except KeyboardInterrupt:
-            console.print(f"Stopped. Go on with\n  {final_command(folder)}", soft_wrap=True)
+            command = final_command(folder, *word_for(config))
+            console.print(f"Stopped. Go on with\n  {command}", soft_wrap=True)
             raise
 
 

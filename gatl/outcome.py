@@ -1,6 +1,8 @@
 """What one evaluation yields, as plain data."""
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -43,6 +45,24 @@ class Outcome:
     pruned: bool = False
     uncached: bool = False
     reused_from: int | None = None
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> "Outcome":
+        """Return what `to_json` made, wherever it has lain meanwhile.
+
+        Raises:
+            TypeError, ValueError: If it cannot have made that.
+        """
+        outcome = cls(**kept)
+        for field in fields(cls):
+            value = getattr(outcome, field.name)
+            if type(value) is int and isinstance(0.0, field.type):  # type: ignore[arg-type]
+                continue  # JSON has one kind of number
+            if not isinstance(value, field.type):  # type: ignore[arg-type]
+                raise TypeError(f"{field.name} is {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}")
+        return outcome
 
     def to_json(self) -> dict[str, Any]:
         """Return what the study keeps, as JSON data."""

@@ -15,19 +15,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import optuna
-from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Value
 from gatl.errors import UserError
 from gatl.outcome import Outcome, fitness
+from gatl.trust import read_yaml, whole
 
 JOURNAL = "study.journal"
 HISTORY = "history.csv"
 OUTCOME = "outcome"  # the trial's user attribute
+LARGEST = 1e100
+"""No loss or duration is larger, and sums and squares of them are still numbers."""
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 
 
@@ -56,16 +59,20 @@ def resume_command(folder: Path, *overrides: str) -> str:
     return shlex.join(["python", "-m", "gatl", f"resume={folder}", *overrides])
 
 
-def original_folder(folder: Path) -> Path:
-    """Return where a run was started: its relative paths begin there.
+def return_to_start(folder: Path) -> None:
+    """Go where a run was started, because its relative paths begin there.
 
-    Returns:
-        The current folder if that is not known, or is not there any more.
+    Stay here if that is not known, or not there any more. No process that is started from
+    now on imports what lies there: the folder says where it is, and anybody may have written that.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"
     path = folder / ".hydra" / "hydra.yaml"
-    recorded = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    original = Path(str(OmegaConf.select(recorded, "hydra.runtime.cwd", default=Path.cwd())))
-    return original if original.is_dir() else Path.cwd()
+    node = read_yaml(path) if path.is_file() else None
+    for name in ("hydra", "runtime", "cwd"):
+        node = node.get(name) if isinstance(node, dict) else None
+    if isinstance(node, str):
+        with contextlib.suppress(OSError, ValueError):
+            os.chdir(node)
 
 
 def _mend(journal: Path) -> None:
@@ -99,9 +106,9 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Stu
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = folder / JOURNAL
     _mend(journal)
-    try:
+    with whole(journal):
         storage = JournalStorage(JournalFileBackend(str(journal)))
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=storage,
             study_name="gatl",
             sampler=sampler,
@@ -109,8 +116,45 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Stu
             direction="minimize",
             load_if_exists=True,
         )
-    except ValueError as error:
-        raise UserError(f"{journal} is damaged: {error}; restore it from a copy.") from error
+        require_sound(study)
+        return study
+
+
+def require_sound(study: optuna.Study) -> None:
+    """Look at all of a record: anybody may have written it.
+
+    Raises:
+        TypeError, ValueError: If no search can have.
+    """
+    if study.directions != [StudyDirection.MINIMIZE]:
+        raise ValueError("the study does not minimise one value")
+    numbers = [study.user_attrs.get(SECONDS, 0.0)]
+    for trial in study.get_trials(deepcopy=False):
+        kept = trial.user_attrs.get(OUTCOME, {})
+        outcome = Outcome.from_json({name: kept[name] for name in kept if name != SECONDS})
+        numbers += [kept.get(SECONDS, 0.0), *trial.params.values()]
+        numbers += [*trial.intermediate_values.values(), *(trial.values or ())]
+        complete = trial.state is TrialState.COMPLETE
+        if complete and (len(trial.values or ()) != 1 or (kept and outcome.val_loss is None)):
+            raise ValueError(f"trial {trial.number} is COMPLETE without a val_loss")
+        if trial.state is TrialState.WAITING:
+            raise ValueError(f"trial {trial.number} is WAITING")
+    for number in numbers:
+        if not (type(number) in (int, float) and abs(number) <= LARGEST):
+            raise ValueError(f"it holds the number {number!r}")
+
+
+def require_genes(study: optuna.Study, distributions: Mapping[str, BaseDistribution]) -> None:
+    """Look whether the trials of a record have the genes of a search.
+
+    Raises:
+        ValueError: If one has others, or its genes have other ranges.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        known = trial.distributions.items() <= distributions.items()
+        # One that was cut off while it was asked for has no genes, or not all of them.
+        if not known or (trial.state.is_finished() and len(trial.params) < len(distributions)):
+            raise ValueError(f"the genes of trial {trial.number} are not those of the search")
 
 
 # Each write to the journal waits for the disk, and reading all trials takes the longer the more

@@ -33,6 +33,7 @@ from gatl.record import (
 )
 from gatl.strategies.base import Strategy
 from gatl.streams import Purpose
+from gatl.trust import word_for
 
 MAX_FAILURES = 5
 """Failures in a row, by number, that stop a search; divergence is a result, no such failure.
@@ -287,8 +288,8 @@ class Search:
             raise UserError(
                 f"{MAX_FAILURES} trials in a row failed; the last, {last}: "
                 f"{outcome_of(self._trials[last]).error} "
-                f"(see {self._fit_folder(last) / 'error.txt'}). When that is "
-                f"mended, go on with: {resume_command(self._folder)}"
+                f"(see {self._fit_folder(last) / 'error.txt'}). When that is mended, go on with: "
+                + resume_command(self._folder, *word_for(self._config))
             )
 
     def _tell(self, number: int, outcome: Outcome) -> None:

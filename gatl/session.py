@@ -35,9 +35,10 @@ from gatl.features import is_shared, why_off
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
 from gatl.progress import decoding
-from gatl.record import held, open_study
+from gatl.record import JOURNAL, held, open_study, require_genes
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
+from gatl.trust import whole
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
             data = _with_features(config, data, network, report, features, console)
             study = open_study(folder, strategy)
+            with whole(folder / JOURNAL):
+                require_genes(study, strategy.distributions())
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = evaluator_class(config, data, cut)
             with _on_signals(_asking(stop, console)):

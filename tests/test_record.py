@@ -19,10 +19,10 @@ from gatl.record import (
     begin,
     held,
     open_study,
-    original_folder,
     outcome_of,
     reach,
     resume_command,
+    return_to_start,
     seconds_of,
     tell,
 )
@@ -247,14 +247,25 @@ def test_an_error_with_bytes_that_are_no_text_can_be_written(tmp_path: Path) -> 
     assert b"fl\xf6wers/1.jpg" in (tmp_path / "history.csv").read_bytes()
 
 
-def test_a_run_goes_back_to_where_it_was_started(tmp_path: Path) -> None:
-    assert original_folder(tmp_path) == Path.cwd()
+def test_a_run_goes_back_to_where_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.chdir(here)
+    return_to_start(tmp_path)
+    assert Path.cwd() == here
     (tmp_path / ".hydra").mkdir()
     recorded = tmp_path / ".hydra" / "hydra.yaml"
-    recorded.write_text(f"hydra:\n  runtime:\n    cwd: {tmp_path}\n")
-    assert original_folder(tmp_path) == tmp_path
-    recorded.write_text(f"hydra:\n  runtime:\n    cwd: {tmp_path}/gone\n")
-    assert original_folder(tmp_path) == Path.cwd()
+    for cwd in (f"{there}/gone", f"{there}/{'x' * 300}", "[1]", "${oc.env:HOME}", '"\\0"'):
+        recorded.write_text(f"hydra:\n  runtime:\n    cwd: {cwd}\n")
+        return_to_start(tmp_path)
+        assert Path.cwd() == here
+    recorded.write_text(f"hydra:\n  runtime:\n    cwd: {there}\n")
+    return_to_start(tmp_path)
+    assert Path.cwd() == there
 
 
 def test_the_command_to_go_on_survives_a_shell() -> None:

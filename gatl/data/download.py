@@ -47,6 +47,9 @@ def torchvision_dataset(name: str, folder: Path) -> Iterator[None]:
     socket.setdefaulttimeout(TIMEOUT)
     # torchvision draws a progress bar: welcome on a terminal, noise in a log.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    # The archives are checked before they are unpacked; and none may write outside its folder.
+    trusting = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     ways_out = "or use data=folder data.root=PATH or data=digits, which need no download"
     try:
         with quiet:
@@ -67,6 +70,7 @@ def torchvision_dataset(name: str, folder: Path) -> Iterator[None]:
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+        tarfile.TarFile.extraction_filter = trusting
 
 
 def _failed(name: str, folder: Path, ways_out: str, error: Exception) -> UserError:
