@@ -333,6 +333,8 @@ def remember(folder: Path, overrides: Sequence[str]) -> None:
         return
     kept = folder / ".hydra" / "overrides.yaml"
     before = read_yaml(kept) if kept.is_file() else []
+    if not isinstance(before, list):
+        raise UserError(f"{kept} is no list of overrides: restore it from a copy, or remove it.")
     keys = {override.key_or_group for override in parse(overrides)}
     stay = [w for w in before if str(w).partition("=")[0].lstrip("+") not in keys]
     config = _changed(OmegaConf.create(read_yaml(_config_of(folder))), overrides)

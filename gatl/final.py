@@ -436,7 +436,7 @@ def _begun(
     try:
         if json.loads(kept.read_text(encoding="utf-8")) == settings:
             content = torch.load(last, map_location="cpu", weights_only=True)
-            curve, states = content["epochs"], content["callbacks"]
+            curve, states = content["epochs"], content.get("callbacks", {})
             begun = len(curve) <= max_epochs and (folder / "best.ckpt").is_file()
             if begun and _names_own_files(states, folder):
                 return last, curve
@@ -454,8 +454,9 @@ def _names_own_files(states: Mapping[str, object], folder: Path) -> bool:
     Lightning deletes the checkpoint that it replaces, wherever a state says that it lies.
     """
     root = Path(os.path.realpath(folder))
-    own = {"", "val_loss", str(root), *(str(root / name) for name in ("best.ckpt", "last.ckpt"))}
-    return all(text in own for state in states.values() for text in texts(state))
+    own = {"", str(root), *(str(root / name) for name in ("best.ckpt", "last.ckpt"))}
+    found = (text for state in states.values() for text in texts(state))
+    return all(text in own or text.isidentifier() for text in found)  # the others are words
 
 
 def _best_epoch(curve: Sequence[Mapping[str, float]]) -> int:

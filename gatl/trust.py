@@ -26,6 +26,8 @@ UNPICKLING = frozenset({"optuna.samplers.CmaEsSampler"})
 """What gatl's own YAML names and yet unpickles: CMA-ES, of Optuna's samplers alone, keeps its
 state in the study as a pickle. gatl gives it a study in memory; this is the second lock."""
 
+MAX_DEPTH = 50
+"""Of groups and lists in one another; gatl's own has six."""
 MAX_BITS = 1024
 """Of a whole number: larger ones are no floats, and Python may refuse to write them."""
 _LOCK = "study.journal.lock"  # Optuna's, a link; a killed driver leaves it
@@ -57,10 +59,15 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
         UserError: If it cannot be read, or holds more than plain values.
     """
     with whole(path):
-        text = path.read_text(encoding="utf-8")
-        # gatl writes none, and a few lines of them are gigabytes when they are followed.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it holds an alias")
+        depth = 0
+        for event in yaml.parse(path.read_text(encoding="utf-8")):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError("its groups lie too deep in one another")
+            # gatl writes none, and a few lines of them are gigabytes when they are followed.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it holds an alias")
         content = OmegaConf.to_container(OmegaConf.load(path))
         for leaf in _leaves(content):
             if not isinstance(
@@ -211,5 +218,5 @@ def _own_targets() -> frozenset[tuple[str, str]]:
 
 @functools.cache
 def _own_resolvers() -> frozenset[str]:
-    texts = (text for _, content in _own() for text in texts(content))
-    return frozenset(text for text in texts if "${" in text and ":" in text)
+    found = (text for _, content in _own() for text in texts(content))
+    return frozenset(text for text in found if "${" in text and ":" in text)
