@@ -34,7 +34,7 @@ import gatl.__main__
 from gatl import compare, final
 from gatl.classifier import Classifier
 from gatl.cli import compose, remember, resumed
-from gatl.config import checked
+from gatl.config import Config, checked
 from gatl.data import cifar
 from gatl.data.images import prepare
 from gatl.data.source import Source, Split
@@ -59,6 +59,12 @@ def mark(tmp_path: Path) -> Path:
 def composed() -> str:
     """The configuration of a small run."""
     return OmegaConf.to_yaml(compose(SMALL))
+
+
+@pytest.fixture(scope="module")
+def config(composed: str) -> Config:
+    """The same, checked."""
+    return checked(OmegaConf.create(composed))
 
 
 @pytest.fixture
@@ -408,8 +414,7 @@ RESULTS = (
 
 
 @pytest.mark.parametrize("text", RESULTS, ids=range(len(RESULTS)))
-def test_a_hostile_result_is_none(tmp_path, lines, text):
-    config = checked(compose(SMALL))
+def test_a_hostile_result_is_none(tmp_path, lines, config, text):
     settings = json.dumps(dataclasses.asdict(config.final))
     (tmp_path / "result.json").write_text(text.replace("SETTINGS", settings))
     assert final.made_before(tmp_path, config, 3) is None
@@ -550,13 +555,13 @@ def images(tmp_path_factory):
     return prepare(source, image_size=32, split_seed=0, max_bad=0, folder=folder)
 
 
-def test_a_checkpoint_of_a_rung_runs_nothing(tmp_path, mark, images):
+def test_a_checkpoint_of_a_rung_runs_nothing(tmp_path, mark, images, config):
     (tmp_path / "0").mkdir()
     torch.save({"callbacks": Hostile(mark)}, tmp_path / "0" / "rung.ckpt")
     genes = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 0.1, "dropout": 0.1}
     stop = multiprocessing.get_context("spawn").Event()
     silence()
-    outcome = Fitter(checked(compose(SMALL)), images, stop)(Fit(genes, 1, 0, tmp_path / "0"))
+    outcome = Fitter(config, images, stop)(Fit(genes, 1, 0, tmp_path / "0"))
     assert outcome.error.startswith("UnpicklingError: Weights only load failed")
     assert not mark.exists()
 
@@ -598,22 +603,21 @@ from gatl.record import return_to_start
 
 if __name__ == "__main__":
     return_to_start(pathlib.Path(sys.argv[1]))
-    process = multiprocessing.get_context(sys.argv[2]).Process(target=print)
+    process = multiprocessing.get_context("forkserver").Process(target=print)
     process.start()
     process.join()
     sys.exit(process.exitcode)
 """
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_no_worker_imports_what_lies_where_the_folder_says_it_began(run, mark, tmp_path, method):
+def test_no_worker_imports_what_lies_where_the_folder_says_it_began(run, mark, tmp_path):
     """Python begins a worker in the current folder, and would look for its modules there first."""
     (run / "multiprocessing.py").write_text(f"open({str(mark)!r}, 'w')")
     (run / ".hydra" / "hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: {run}}}}}")
     script = tmp_path / "start.py"
     script.write_text(START)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    subprocess.run([sys.executable, script, run, method], check=True, env=environment)
+    subprocess.run([sys.executable, script, run], check=True, env=environment)
     assert not mark.exists()
 
 
