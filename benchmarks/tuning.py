@@ -38,16 +38,16 @@ DEFAULTS = {
 }
 _FULL = "{{included_layers:58,frozen_layers:{},learning_rate:1e-3,dropout:{}}}"
 LEVELS: dict[str, tuple[str, ...]] = {
-    "ga.mutation_step": ("null", "0.03", "0.05", "0.1", "0.2", "0.3"),
-    "ga.mutation_prob": ("0.25", "0.15", "0.4", "0.6", "0.8"),
+    "ga.mutation_step": ("0.05", "null", "0.03", "0.1", "0.2", "0.3"),
+    "ga.mutation_prob": ("0.8", "0.15", "0.25", "0.4", "0.6"),
     "ga.pop": ("12", "8", "16", "24"),
-    "ga.n_elites": ("2", "1", "4", "6", "7"),
+    "ga.n_elites": ("6", "1", "2", "4", "7"),
     "ga.tournament_size": ("2", "3", "4"),
     "ga.crossover_prob": ("0.9", "0.5", "0.0"),
     "ga.mode": ("generational", "steady_state"),
     "search.initial": (
-        f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)}]",
         f"[{_FULL.format(0, 0.2)},{_FULL.format(18, 0.2)}]",
+        f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)}]",
         f"[{_FULL.format(0, 0.5)},{_FULL.format(18, 0.5)},{_FULL.format(9, 0.2)}]",
         "[]",
     ),

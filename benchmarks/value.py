@@ -42,7 +42,7 @@ def recipe(frozen: str, learning_rate: str, *more: str) -> tuple[str, ...]:
     """Return the words of a run that trains one chromosome and searches nothing."""
     genes = (
         *("included_layers:${model.n_layers}", f"frozen_layers:{frozen}"),
-        *(f"learning_rate:{learning_rate}", "dropout:0.5"),
+        *(f"learning_rate:{learning_rate}", "dropout:0.2"),
     )
     only_one = ("budget.trials=1", "final.top_k=1", "final.seeds=1", "pruner=none")
     return (f"search.initial=[{{{','.join(genes)}}}]", *only_one, *more)

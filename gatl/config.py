@@ -41,7 +41,6 @@ MODES = ("generational", "steady_state")
 AUGMENTATIONS = ("none", "flip", "crop_flip", "trivial")
 MAX_PARALLEL = 1024
 """Workers, or threads of one, that a machine may be asked for; a slip of the hand exceeds it."""
-ELITES = 2
 """Elites of a population that is larger, where no number is given."""
 T = TypeVar("T")
 _TIME = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
@@ -497,10 +496,10 @@ def _missing(node: object, prefix: str = "") -> Iterator[str]:
 
 
 def _fill_elites(ga: object) -> None:
-    """Let the number of elites, where none is given, follow the population: 2, or all but one."""
+    """Let the number of elites, where none is given, be half of the population."""
     if isinstance(ga, DictConfig) and "n_elites" in ga and ga.n_elites is None:
         pop = ga.get("pop")  # checked later, so it may be anything yet
-        ga.n_elites = min(ELITES, pop - 1) if isinstance(pop, int) else ELITES
+        ga.n_elites = pop // 2 if isinstance(pop, int) else 0
 
 
 @contextlib.contextmanager

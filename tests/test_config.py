@@ -240,7 +240,7 @@ def test_defaults_are_what_conf_says():
         "included_layers": 58,
         "frozen_layers": 0,
         "learning_rate": 1e-3,
-        "dropout": 0.5,
+        "dropout": 0.2,
     }
     assert frozen == plain | {"frozen_layers": 18}
     assert cfg.space.genes == (
@@ -259,10 +259,10 @@ def test_trials_are_pop_plus_offspring_without_elites():
 
 
 def test_elites_follow_the_population_unless_their_number_is_given():
-    for pop, elites in {2: 1, 3: 2, 4: 2, 100: 2}.items():
+    for pop, elites in {2: 1, 3: 1, 4: 2, 100: 50}.items():
         cfg = config(f"ga.pop={pop}")
         assert cfg.ga.n_elites == cfg.search["n_elites"] == elites
-        assert cfg.n_trials == pop + 5 * (pop - elites)
+        assert cfg.n_trials == pop + 8 * (pop - elites)
     assert config("ga.pop=3", "ga.n_elites=0").search["n_elites"] == 0
 
 
@@ -340,8 +340,8 @@ def test_an_initial_gene_that_no_network_can_have_is_refused(genes, allowed):
 
 
 def test_an_initial_gene_outside_a_narrowed_range_is_left_to_the_strategy():
-    cfg = config("space.dropout.high=0.3", "space.included_layers.value=3")
-    assert cfg.initial[0]["dropout"] == 0.5
+    cfg = config("space.dropout.low=0.3", "space.included_layers.value=3")
+    assert cfg.initial[0]["dropout"] == 0.2
     assert config("search.initial=[{included_layers: 58.0}]").initial
 
 
@@ -363,6 +363,7 @@ def test_experiments_and_presets():
     )
     original = config("ga=original")
     assert (original.ga.n_elites, original.initial) == (0, ())
+    assert (original.ga.mutation_prob, original.ga.mutation_step) == (0.25, None)
     assert config("experiment=original").model.se["init"] == "kaiming"
 
 
