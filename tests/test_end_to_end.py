@@ -433,7 +433,7 @@ def test_large_images_without_a_gpu_are_advised_against(monkeypatch, overrides, 
         assert ("model=se_densenet121_k12" in " ".join(lines[2:])) == advised
         assert ("experiment=quickstart" in " ".join(lines[2:])) == advised
         assert lines[:2] == [
-            "Ahead: 62 trials of 1 epoch over 3019 images, 2 at once;",
+            "Ahead: 60 trials of 1 epoch over 3019 images, 2 at once;",
             "then 9 re-evaluations and a final training of up to 30 epochs.",
         ]
 
