@@ -18,6 +18,7 @@ from gatl.cli import (
     compose,
     default_folder,
     folder_named,
+    in_one_line,
     make_folder,
     narrow_output,
     new_folder,
@@ -31,7 +32,7 @@ from gatl.cli import (
 )
 from gatl.config import Config, checked
 from gatl.data import folder as image_folder
-from gatl.errors import UserError
+from gatl.errors import UserError, printable
 from gatl.trust import word_for, words_of
 
 if TYPE_CHECKING:  # Optuna takes a while, which a typing error need not wait for
@@ -204,8 +205,7 @@ def job(composed: DictConfig) -> float:
         _discard_unused(folder)
         if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
             overrides = " ".join(HydraConfig.get().overrides.task)
-            cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-            sys.stderr.write(f"gatl: {overrides}: {cause}\n")
+            sys.stderr.write(f"gatl: {printable(overrides)}: {in_one_line(error)}\n")
             raise UserError("A job of the sweep failed; its error stands above.") from error
         with one_line_errors():
             raise

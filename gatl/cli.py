@@ -182,10 +182,14 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, InstantiationException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        # What a target raises, Hydra wraps.
-        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        sys.stderr.write(f"gatl: {printable(' '.join(str(cause).split()))}\n")
+        sys.stderr.write(f"gatl: {in_one_line(error)}\n")
         sys.exit(1)
+
+
+def in_one_line(error: UserError | InstantiationException) -> str:
+    """Return the message of an error; what a target raises, Hydra wraps."""
+    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
+    return str(cause) if isinstance(cause, UserError) else printable(" ".join(str(cause).split()))
 
 
 def compose(overrides: Sequence[str], config_name: str = "config") -> DictConfig:

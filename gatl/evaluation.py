@@ -157,10 +157,11 @@ def _uses_cuda(config: TrainerConfig) -> bool:
 
 
 def silence() -> None:
-    """Keep Lightning from repeating its tips, device lines and warnings with every fit."""
+    """Keep Lightning from repeating its tips with every fit, and Pillow from warning of files."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    # Of a file, Pillow says either that it cannot be decoded, or nothing that matters.
+    warnings.filterwarnings("ignore", module=r"(lightning|PIL)\..*")
 
 
 def build_classifier(

@@ -47,7 +47,7 @@ from gatl.cli import (
     resumed,
 )
 from gatl.config import Config
-from gatl.errors import UserError
+from gatl.errors import UserError, printable
 from gatl.evaluation import (
     Fit,
     FitStopped,
@@ -562,10 +562,10 @@ def _show(
         table.add_column(column, justify="right", no_wrap=True)
     for row in test["per_class"]:
         figures = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
-        table.add_row(row["class"], *figures, str(row["n"]))
+        table.add_row(printable(row["class"]), *figures, str(row["n"]))
     console.print(table, soft_wrap=False)
     if len(matrix) <= PRINTED_CLASSES:
-        names, heads = session.data.classes, session.data.classes
+        names = heads = tuple(map(printable, session.data.classes))
         if sum(len(name) + 2 for name in names) > console.width / 2:  # long ones stand once only
             heads = tuple(f"({number})" for number in range(1, len(names) + 1))
             names = tuple(f"{head} {name}" for head, name in zip(heads, names, strict=True))

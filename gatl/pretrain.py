@@ -60,6 +60,7 @@ from gatl.config import (
     resolving,
 )
 from gatl.data.images import PreparedData, prepare
+from gatl.data.manifest import left_out
 from gatl.data.module import ImageData
 from gatl.data.source import Source
 from gatl.data.splits import complete_splits
@@ -544,8 +545,8 @@ def _train(
         f"{torch.get_num_threads()} threads -> {folder}",
         soft_wrap=True,
     )
-    for line in data.skipped[:5]:
-        console.print(f"  left out: {line}", soft_wrap=True, markup=False)
+    for line in left_out(data):
+        console.print(f"  {line}", soft_wrap=True, markup=False)
     if checkpoint is not None:
         console.print(f"Going on from {checkpoint}.", soft_wrap=True)
     bar = [TQDMProgressBar(leave=False)] if console.is_terminal else []

@@ -23,6 +23,7 @@ from rich.console import Console
 from gatl.classifier import Classifier
 from gatl.config import Config
 from gatl.data.images import PreparedData, describe, prepare
+from gatl.data.manifest import keep_or_compare, left_out, repeated
 from gatl.errors import UserError
 from gatl.evaluation import (
     Evaluator,
@@ -115,8 +116,9 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                     progress=progress,
                 )
             console.print(f"Data: {config.data.name} · {describe(data)}")
-            for line in data.skipped[:5]:
-                console.print(f"  left out: {line}", soft_wrap=True)
+            for line in filter(None, (*left_out(data), repeated(data))):
+                console.print(f"  {line}", soft_wrap=True)
+            keep_or_compare(data, folder)
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
             data = _with_features(config, data, network, report, features, console)
             study = open_study(folder, strategy)

@@ -305,9 +305,9 @@ def test_folder_that_is_no_run(tmp_path, content, message):
 def test_user_error_is_one_line_and_status_1(capsys, monkeypatch):
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     with pytest.raises(SystemExit) as ended, one_line_errors():
-        raise UserError("a\n  b")
+        raise UserError("a\n\x1b[2Jb")
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "gatl: a b\n"
+    assert capsys.readouterr().err == "gatl: a\\n\\x1b[2Jb\n"
 
 
 def test_user_error_that_hydra_wraps_is_found(capsys, monkeypatch):

@@ -89,6 +89,29 @@ def test_whatever_ends_a_session_nothing_is_left_running(tmp_path, monkeypatch, 
         pass
 
 
+def test_images_that_have_changed_are_told_before_anything_is_fitted(tmp_path, monkeypatch):
+    for _ in range(2):
+        with open_run(tmp_path):
+            pass
+    few = digits.load()
+
+    def load_fewer():
+        return Source(few.classes, few.train.subset(np.arange(len(few.train) - 1)))
+
+    monkeypatch.setattr(digits, "load", load_fewer)
+    monkeypatch.setattr(LocalEvaluator, "__init__", lambda *_: pytest.fail("a fit may start"))
+    with pytest.raises(UserError, match="1 gone; the first: digits/"), open_run(tmp_path):
+        pass
+
+
+def test_pictures_in_two_splits_are_told_and_stop_nothing(tmp_path, monkeypatch):
+    few = digits.load()
+    monkeypatch.setattr(digits, "load", lambda: Source(few.classes, few.train, test=few.train))
+    with open_run(tmp_path) as session:
+        said = session.console.file.getvalue()
+    assert f"  the same pictures: {len(few.train)} in several splits, 0 in several" in said
+
+
 def test_the_images_of_a_run_that_was_killed_are_removed(tmp_path):
     (tmp_path / ".images").mkdir()
     (tmp_path / ".images" / "half.npy").touch()

@@ -1,25 +1,24 @@
 """Decodes one image of any kind into square 8-bit RGB."""
 
-import struct
+import functools
+import stat
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from gatl.data.source import ImageLike
+from gatl.errors import printable
 
-# What Pillow's plugins raise for damaged files.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+"""Formats for pictures; Pillow also reads documents, by another program, icons, fonts and films."""
+
+MAX_PIXELS = 178_956_970
+"""Pillow's own limit, for a JPEG as well: 0.7 GB in each thread that decodes."""
+
+_JPEG = b"\xff\xd8\xff"
 
 
 class UndecodableImage(ValueError):
@@ -36,8 +35,11 @@ def to_rgb(image: ImageLike, size: int, interpolation: str = "bicubic") -> npt.N
     multiplied by 255, in [0, 255] kept, and others, like 32-bit integers beyond
     16 bits, stretched from their minimum to their maximum.
 
+    A file is refused by its header if it would be more than `MAX_PIXELS` when it is
+    decoded; a JPEG may be larger, since libjpeg scales it down, to no less than an eighth.
+
     Args:
-        image: A file, an image, or an array, see `ImageLike`.
+        image: A file of one of `FORMATS`, an image, or an array, see `ImageLike`.
         size: S, the side of the result in pixels.
         interpolation: The name of one of Pillow's filters, such as ``bilinear``.
 
@@ -49,25 +51,65 @@ def to_rgb(image: ImageLike, size: int, interpolation: str = "bicubic") -> npt.N
     """
     try:
         if isinstance(image, Path):
-            with Image.open(image) as opened:
-                # Lets libjpeg scale by 1/2, 1/4 or 1/8 where it decodes: several times
-                # faster, and twice the size is left for the filter to work on.
-                opened.draft(None, (2 * size, 2 * size))
+            with _opened(image) as opened:
+                _draft(opened, 2 * size)  # twice the size is left for the filter to work on
+                ImageOps.exif_transpose(opened, in_place=True)
                 return _square(opened, size, interpolation)
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        return _square(image, size, interpolation)
-    except _DAMAGE as error:
+        if isinstance(image, np.ndarray):
+            return _square(Image.fromarray(image), size, interpolation)
+        return _square(ImageOps.exif_transpose(image), size, interpolation)
+    except Exception as error:  # what Pillow's plugins raise for damaged files has no end
         name = image if isinstance(image, Path) else f"an image of {type(image).__name__}"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image file"
-        raise UndecodableImage(f"{name} cannot be decoded: {reason}") from error
+        raise UndecodableImage(printable(f"{name} cannot be decoded: {_reason(error)}")) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the file's name, which stands in front of it
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow can read."""
+    Image.init()
+    return tuple(sorted(FORMATS & Image.OPEN.keys()))
+
+
+def _opened(path: Path) -> Image.Image:
+    """Open an image file; decode nothing yet."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")  # whoever opens a pipe waits
+    try:
+        return Image.open(path, formats=_formats())
+    except Image.DecompressionBombError:
+        with path.open("rb") as file:
+            if file.read(len(_JPEG)) != _JPEG:
+                raise
+        return JpegImageFile(path)  # what counts is the size to which libjpeg scales it
+
+
+def _draft(image: Image.Image, size: int) -> None:
+    """Let libjpeg scale by 1/2, 1/4 or 1/8 where it decodes, several times faster.
+
+    Raises:
+        DecompressionBombError: If that would still take too much memory.
+    """
+    width, height = image.size
+    image.draft(None, (size, size))
+    if "progressive" not in image.info:  # else libjpeg keeps the whole, however small it scales
+        width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError(
+            f"{width} x {height} pixels are more than the {MAX_PIXELS} that can be decoded"
+        )
 
 
 def _square(image: Image.Image, size: int, interpolation: str) -> npt.NDArray[np.uint8]:
-    upright = ImageOps.exif_transpose(image)
     resampling = Image.Resampling[interpolation.upper()]
-    fitted = ImageOps.fit(_rgb(upright), (size, size), resampling)
+    fitted = ImageOps.fit(_rgb(image), (size, size), resampling)
     return np.asarray(fitted)
 
 
@@ -77,7 +119,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gatl.data.decode import FORMATS
 from gatl.data.source import Source, Split
 from gatl.errors import UserError
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """The names of split folders, and which split each is."""
-
-# Formats for pictures; Pillow also registers documents, icons, fonts and films.
-FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 
 _EXPECTED = "give a folder with one folder a class"
 
@@ -26,7 +24,9 @@ def load(root: str) -> Source:
     The layout is ``root/<class>/*``, or ``root/train/<class>/*`` beside ``val``
     (or ``valid``, ``validation``) and ``test``, of which either may be missing.
     Images may lie in nested folders of a class. Hidden files and folders, and
-    files that are no images by their extension, are ignored.
+    files that are no images by their extension, are ignored. Links are followed,
+    into each folder once; one that leads nowhere counts as an image that cannot
+    be decoded.
 
     Args:
         root: The folder; a leading ``~`` is expanded.
@@ -36,7 +36,8 @@ def load(root: str) -> Source:
         names the paths below the root.
 
     Raises:
-        UserError: If the folder is not laid out like this, or a class is empty.
+        UserError: If the folder is not laid out like this, a class is empty, or a
+            folder cannot be read.
     """
     found, path = find_splits(root), _absolute(root)
     classes = tuple(_folders(found["train"]))
@@ -89,7 +90,14 @@ def _absolute(root: str) -> Path:
 
 
 def _folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    visible = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    for link in filter(_leads_nowhere, visible):  # perhaps to a class, on a disk that is not there
+        raise UserError(f"{link} is a link that leads nowhere: mend it or remove it.")
+    return [p.name for p in visible if p.is_dir()]
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not os.path.exists(path)  # noqa: PTH110 - never raises
 
 
 def _split_folders(root: Path) -> dict[str, Path] | None:
@@ -116,7 +124,11 @@ def _split(root: Path, folder: Path) -> Split:
     """Collect the images of a split, class by class, each in sorted order."""
     extensions = {e for e, name in Image.registered_extensions().items() if name in FORMATS}
     members = {
-        label: sorted(path for path in _files(folder / label) if path.suffix.lower() in extensions)
+        label: sorted(
+            path
+            for path in _files(folder / label)
+            if path.suffix.lower() in extensions or _leads_nowhere(path)
+        )
         for label in _folders(folder)
     }
     if not any(members.values()):
@@ -133,7 +145,20 @@ def _split(root: Path, folder: Path) -> Split:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the visible files below a folder; like torchvision's ImageFolder, follow links."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Yield the visible files below a folder; like torchvision's ImageFolder, follow links.
+
+    A folder is entered once, so that links in a circle end.
+    """
+    entered: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        status = Path(parent).stat()
+        if (key := (status.st_dev, status.st_ino)) in entered:
+            folders.clear()
+            continue
+        entered.add(key)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Is told how many images are done, and of how many."""
+
+Digests = npt.NDArray[np.uint64]
 
 _CHUNK = 256
 """Images between two calls of the progress function."""
@@ -112,19 +114,44 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PreparedSplit:
-    """The images of a split, ready for batches, with their labels (N,) and N names.
+    """The images of a split, ready for batches.
 
-    The digest is the SHA-256 of the decoded pixels; empty if they are streamed.
+    Attributes:
+        images: N images.
+        labels: Shape (N,).
+        names: N names.
+        digests: Shape (N,): a hash of the pixels of each, as decoded.
     """
 
     images: Images
     labels: Labels
     names: tuple[str, ...]
-    digest: str = ""
+    digests: Digests
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all pixels."""
+        return hashlib.sha256(self.digests.tobytes()).hexdigest()
+
+
+class Skipped(NamedTuple):
+    """An image that is left out.
+
+    Attributes:
+        split: The split that it would be in.
+        label: Its class, an index.
+        name: Its name in the source.
+        error: Why it cannot be decoded, in one line.
+    """
+
+    split: str
+    label: int
+    name: str
+    error: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +164,7 @@ class PreparedData:
         val: The validation split.
         test: The test split.
         image_size: S, the side of the images in pixels.
-        skipped: A line for each image that could not be decoded and is left out.
+        skipped: The images that could not be decoded and are left out.
         features: The folder where the boundary tensors of frozen prefixes are kept,
             see `gatl.features`; None: none are.
         features_bytes: What they may take there.
@@ -148,7 +175,7 @@ class PreparedData:
     val: PreparedSplit
     test: PreparedSplit
     image_size: int
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
     features: Path | None = None
     features_bytes: int = 0
 
@@ -189,14 +216,13 @@ def decode_split(
     """
     decode = partial(to_rgb, size=image_size, interpolation=interpolation)
     if stream:
-        bad = _decode_each(split.images, decode, None, progress)
+        digests, bad = _decode_each(split.images, decode, None, progress)
         split = split.subset(_kept(split, bad)) if bad else split
         images: Images = Streamed(_spilled(split.images, path), image_size, interpolation)
-        digest = ""
     else:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             array = _new_file(Path(folder, "all.npy"), len(split), image_size)
-            bad = _decode_each(split.images, decode, array, progress)
+            digests, bad = _decode_each(split.images, decode, array, progress)
             if bad:
                 kept = _kept(split, bad)
                 split = split.subset(kept)
@@ -207,9 +233,8 @@ def decode_split(
             array.flush()
             Path(str(array.filename)).replace(path)
         images = Decoded(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return PreparedSplit(images, split.labels, tuple(split.names), digest), bad
+    digests = np.delete(digests, list(bad))
+    return PreparedSplit(images, split.labels, tuple(split.names), digests), bad
 
 
 def prepare(
@@ -249,8 +274,7 @@ def prepare(
     total = sum(len(split) for split in given.values())
     stream = not fits_in_memory(total, image_size, folder)
     prepared: dict[str, PreparedSplit] = {}
-    bad_labels: list[int] = []
-    skipped: list[str] = []
+    skipped: list[Skipped] = []
     done = 0
     for name, split in given.items():
         prepared[name], bad = decode_split(
@@ -261,16 +285,19 @@ def prepare(
             stream=stream,
             progress=partial(_report, progress, done, total) if progress else None,
         )
-        bad_labels += [int(split.labels[i]) for i in bad]
-        skipped += [str(error) for error in bad.values()]
+        skipped += [
+            Skipped(name, int(split.labels[i]), split.names[i], str(error))
+            for i, error in bad.items()
+        ]
         done += len(split)
     labels = np.concatenate([split.labels for split in given.values()])
-    _check_bad(source.classes, labels, np.array(bad_labels, np.int64), skipped, max_bad)
+    _check_bad(source.classes, labels, skipped, max_bad)
     for name, ready in prepared.items():
         n_left = len(np.unique(ready.labels))
         if n_left < (len(source.classes) if name == "train" else 1):
             raise UserError(
-                f"Too many images of the {name} split cannot be decoded; the first: {skipped[0]}."
+                f"Too many images of the {name} split cannot be decoded; the first: "
+                f"{skipped[0].error}."
             )
     return PreparedData(
         classes=source.classes,
@@ -323,14 +350,16 @@ def _decode_each(
     decode: Callable[[ImageLike], npt.NDArray[np.uint8]],
     into: npt.NDArray[np.uint8] | None,
     progress: Progress | None,
-) -> dict[int, UndecodableImage]:
-    """Decode images in threads; return those that cannot be, by index."""
+) -> tuple[Digests, dict[int, UndecodableImage]]:
+    """Decode images in threads; return their digests, and those that cannot be, by index."""
+    digests = np.zeros(len(images), np.uint64)
 
     def decode_into(i: int) -> UndecodableImage | None:
         try:
             pixels = decode(images[i])
         except UndecodableImage as error:
             return error
+        digests[i] = int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest(), "big")
         if into is not None:
             into[i] = pixels
         return None
@@ -344,7 +373,7 @@ def _decode_each(
             bad |= {i: error for i, error in zip(chunk, errors, strict=True) if error}
             if progress:
                 progress(chunk.stop, len(images))
-    return bad
+    return digests, bad
 
 
 def _kept(split: Split, bad: Collection[int]) -> npt.NDArray[np.intp]:
@@ -367,16 +396,16 @@ def _spilled(images: Sequence[ImageLike], path: Path) -> Sequence[ImageLike] | D
 
 
 def _check_bad(
-    classes: Sequence[str], labels: Labels, bad: Labels, skipped: Sequence[str], max_bad: float
+    classes: Sequence[str], labels: Labels, skipped: Sequence[Skipped], max_bad: float
 ) -> None:
     """Raise if more than the allowed share of a class or of all images is bad."""
-    counts, bad_counts = (np.bincount(x, minlength=len(classes)) for x in (labels, bad))
-    groups = [
-        (f"class {label!r}", b, n) for label, b, n in zip(classes, bad_counts, counts, strict=True)
-    ]
-    for what, n_bad, n in [("the data set", len(bad), len(labels)), *groups]:
-        if n_bad > max_bad * n:
+    groups = [("the data set", len(labels), list(skipped))]
+    for index, name in enumerate(classes):
+        of_class = [image for image in skipped if image.label == index]
+        groups.append((f"class {name!r}", int((labels == index).sum()), of_class))
+    for what, n, bad in groups:
+        if len(bad) > max_bad * n:
             raise UserError(
-                f"{n_bad} of the {n} images of {what} cannot be decoded, but data.max_bad="
-                f"{max_bad:g} allows {max_bad:.0%}; the first: {skipped[0]}."
+                f"{len(bad)} of the {n} images of {what} cannot be decoded, but data.max_bad="
+                f"{max_bad:g} allows {max_bad:.0%}; the first: {bad[0].error}."
             )

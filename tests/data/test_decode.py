@@ -1,6 +1,12 @@
 """Every kind of image becomes correct RGB: pixel values, not only shapes."""
 
+import contextlib
 import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from gatl.data.decode import UndecodableImage, to_rgb
+from gatl.errors import printable
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 40), "green": (20, 180, 60), "blue": (40, 50, 210), "grey": (120,) * 3}
@@ -122,9 +129,6 @@ def test_sixteen_bits_and_floats(tmp_path: Path) -> None:
 
 def test_sixteen_bit_colour(tmp_path: Path) -> None:
     """Written by hand, because Pillow cannot: a PNG of 16 bits a channel."""
-    import struct
-    import zlib
-
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in quadrants() * np.uint16(257))
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 16, 2, 0, 0, 0)),
@@ -163,17 +167,153 @@ def test_centre_crop_and_scale_as_pillow_does(tmp_path: Path) -> None:
     assert to_rgb(np.zeros((1, 1), np.uint8), 24).shape == (24, 24, 3)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "missing", "broken"])
-def test_undecodable_names_the_file_in_one_line(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "bad.jpg"
+FORMATS = ("jpg", "png", "gif", "bmp", "tif", "webp", "ppm", "jp2", "avif")
+
+
+def noise(kind: str) -> bytes:
     buffer = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save(buffer, "PNG" if kind == "broken" else "JPEG")
-    data = bytearray(buffer.getvalue())
-    data[100:140] = bytes(40) if kind == "broken" else data[100:140]
-    if kind != "missing":
-        half = bytes(data[: len(data) // 2])
-        path.write_bytes({"text": b"hello", "empty": b"", "broken": bytes(data)}.get(kind, half))
-    with pytest.raises(UndecodableImage, match=r"bad\.jpg cannot be decoded: .+") as caught:
-        to_rgb(path, SIDE)
-    assert "\n" not in str(caught.value)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    name = {"jpg": "jpeg", "tif": "tiff", "jp2": "jpeg2000"}.get(kind, kind)
+    Image.fromarray(pixels).save(buffer, name)
+    return buffer.getvalue()
+
+
+def reason(path: Path, size: int = SIDE) -> str:
+    with pytest.raises(UndecodableImage) as caught:
+        to_rgb(path, size)
+    message = str(caught.value)
+    assert message.isprintable()
+    start = f"{printable(path)} cannot be decoded: "
+    assert message.startswith(start)
+    return message.removeprefix(start)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's: a run silences them
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_truncated_file_is_undecodable(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(noise(kind))
+    assert to_rgb(path, SIDE).shape == (SIDE, SIDE, 3)
+    for n_bytes in (1, 20, 100, len(noise(kind)) // 2):
+        path.write_bytes(noise(kind)[:n_bytes])
+        assert reason(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's: a run silences them
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damage_anywhere_is_an_undecodable_image_or_some_image(tmp_path: Path, kind: str) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / f"a.{kind}"
+    for _ in range(40):
+        data = np.frombuffer(noise(kind), np.uint8).copy()
+        reach = int(rng.choice([32, 200, len(data)]))  # headers are where the traps are
+        data[rng.integers(0, reach, rng.integers(1, 8))] = rng.integers(0, 256)
+        path.write_bytes(data.tobytes())
+        with contextlib.suppress(UndecodableImage):
+            assert to_rgb(path, 8).shape == (8, 8, 3)
+
+
+def test_broken_pixels_are_undecodable(tmp_path: Path) -> None:
+    data = bytearray(noise("png"))
+    data[100:140] = bytes(40)
+    (tmp_path / "a.png").write_bytes(data)
+    assert "broken" in reason(tmp_path / "a.png")
+
+
+NO_IMAGE = "not an image file"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", NO_IMAGE),
+        (b"hello", NO_IMAGE),
+        (b"PK\3\4 an archive", NO_IMAGE),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", NO_IMAGE),
+        (b"P6\n0 0\n255\n", NO_IMAGE),
+        (b"GIF89a" + bytes(7), NO_IMAGE),
+    ],
+    ids=["empty", "text", "zip", "postscript", "zero-sized", "zero-sized-gif"],
+)
+def test_what_is_no_image_says_so(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+    assert reason(path) == said
+
+
+def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    assert reason(tmp_path / "missing.jpg") == "No such file or directory"
+    assert reason(tmp_path / "gone.jpg") == "No such file or directory"
+    assert reason(tmp_path / "loop.jpg") == "Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("name", ["pipe.jpg", "zeros.jpg", "folder.jpg"])
+def test_what_is_no_file_is_never_opened(tmp_path: Path, name: str) -> None:
+    """Whoever opens a pipe waits for ever, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    assert reason(tmp_path / name) == "not a regular file"
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "'a' \"b\".png", "[red]a[bold].png", "ü 🐈.png", "a\nb\x1b[2J\u202e.png"]
+)
+def test_any_name_is_read_and_printed_in_one_line(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, Image.fromarray(quadrants()))
+    assert np.array_equal(to_rgb(path, SIDE), quadrants())
+    path.write_bytes(b"no image")
+    assert reason(path) == NO_IMAGE
+
+
+def test_a_file_that_may_not_be_read_says_so(readable_folder: Path, unprivileged: Any) -> None:
+    path = save(readable_folder / "secret.png", Image.fromarray(quadrants()))
+    path.chmod(0)
+    with unprivileged():
+        assert reason(path) == "Permission denied"
+
+
+# Large images
+
+
+def png_header(side: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def resize_jpeg(data: bytes, side: int) -> bytes:
+    """Let the header of a JPEG say another size; its pixels end early then."""
+    start = next(data.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in data)
+    return data[: start + 5] + struct.pack(">HH", side, side) + data[start + 9 :]
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    pixels = zlib.compress(bytes(10**6))  # of rows that would be 1.2 GB
+    chunk = struct.pack(">I", len(pixels)) + b"IDAT" + pixels
+    (tmp_path / "a.png").write_bytes(png_header(20_000) + chunk)
+    assert "400000000 pixels" in reason(tmp_path / "a.png")
+    (tmp_path / "a.jpg").write_bytes(resize_jpeg(noise("jpg"), 65_000))
+    for size, side in {4096: 16_250, 8192: 32_500}.items():  # a quarter, a half
+        said = f"{side} x {side} pixels are more than the 178956970 that can be decoded"
+        assert reason(tmp_path / "a.jpg", size) == said
+    buffer = io.BytesIO()
+    Image.fromarray(quadrants()).save(buffer, "JPEG", progressive=True)
+    (tmp_path / "a.jpg").write_bytes(resize_jpeg(buffer.getvalue(), 20_000))
+    assert reason(tmp_path / "a.jpg").startswith("20000 x 20000 pixels are more than the ")
+
+
+def test_a_huge_jpeg_is_scaled_down_where_it_is_decoded(tmp_path: Path) -> None:
+    """20,000 x 20,000 pixels are 1.6 GB, but an eighth of the side is all that is needed."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(resize_jpeg(noise("jpg"), 20_000))
+    code = (
+        "import resource; from pathlib import Path; from gatl.data.decode import to_rgb\n"
+        "taken = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"before = taken(); pixels = to_rgb(Path({str(path)!r}), 224)\n"
+        "print(pixels.shape, (taken() - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shape, _, mebibytes = done.stdout.strip().rpartition(" ")
+    assert shape == "(224, 224, 3)"
+    assert int(mebibytes) < 150

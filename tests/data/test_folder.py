@@ -1,6 +1,8 @@
 """Layouts of a user's folder, and what is said about those that are wrong."""
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gatl.data.folder import find_splits, load
+from gatl.data.source import Source
 from gatl.data.splits import complete_splits
 from gatl.errors import UserError
 
@@ -153,3 +156,55 @@ def test_errors_are_one_line(
         load(path)
     assert str(caught.value).startswith(message.format(root=path))
     assert "\n" not in str(caught.value)
+
+
+def names(source: Source) -> list[str]:
+    return list(source.train.names)
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png", "a/in/2.png", "b/3.png")
+    for where, to in {"a/in/up": "a", "a/in/down": "a/in", "b/self": "b", "b/in": "a/in"}.items():
+        (tmp_path / where).symlink_to(tmp_path / to, target_is_directory=True)
+    (tmp_path / "b" / "loop").symlink_to(tmp_path / "b" / "loop")
+    assert names(load(str(tmp_path))) == [
+        *("a/1.png", "a/in/2.png"),
+        *("b/3.png", "b/in/2.png", "b/in/up/1.png", "b/loop"),
+    ]
+
+
+def test_a_link_that_leads_nowhere_counts_as_an_image(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a" / "2.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "a" / "more").symlink_to(tmp_path / "unmounted")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    assert names(load(str(tmp_path))) == ["a/1.png", "a/2.png", "a/more", "a/pipe.png", "b/1.png"]
+
+
+def test_a_class_that_is_a_link_to_nowhere_is_an_error(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "c").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError) as caught:
+        find_splits(str(tmp_path))
+    said = f"{tmp_path}/c is a link that leads nowhere: mend it or remove it."
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("hidden", ["a", "a/deep"])
+def test_a_folder_that_may_not_be_read_is_an_error(
+    readable_folder: Path, unprivileged: Callable[[], AbstractContextManager[None]], hidden: str
+) -> None:
+    put(readable_folder, "a/1.png", "a/deep/2.png", "b/1.png")
+    (readable_folder / hidden).chmod(0)
+    with unprivileged(), pytest.raises(UserError) as caught:
+        load(str(readable_folder))
+    (readable_folder / hidden).chmod(0o755)
+    assert str(caught.value) == f"{readable_folder / hidden} cannot be read: Permission denied."
+
+
+def test_any_name_is_told_in_one_line(tmp_path: Path) -> None:
+    put(tmp_path / "line\nbreak", "a/1.png", "b\x1b[2J/")
+    with pytest.raises(UserError) as caught:
+        load(str(tmp_path / "line\nbreak"))
+    assert str(caught.value).isprintable()
+    assert "line\\nbreak/b\\x1b[2J holds no images" in str(caught.value)

@@ -112,9 +112,11 @@ def test_bad_images_are_left_out_and_listed(
     prepared = run(source, tmp_path / "out")
     splits = (prepared.train, prepared.val, prepared.test)
     assert sum(len(s) for s in splits) == sum(len(s.images) for s in splits) == 97
-    assert sorted(line.partition(" cannot be decoded: ")[0] for line in prepared.skipped) == [
-        str(path) for path in bad
-    ]
+    said = sorted(image.error.partition(" cannot be decoded: ")[0] for image in prepared.skipped)
+    assert said == [str(path) for path in bad]
+    assert {(i.name, prepared.classes[i.label]) for i in prepared.skipped} == {
+        (f"{path.parent.name}/{path.name}", path.parent.name) for path in bad
+    }
     for split in splits:
         everything = pixels_of(split.images.batch(np.arange(len(split))))
         for pixels, name, label in zip(everything, split.names, split.labels, strict=True):
