@@ -236,7 +236,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     for line in overrides:
         try:
             parsed += parser.parse_overrides([line])
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # a number of thousands of digits is none
             raise UserError(
                 f"{line!r} is no override: write KEY=VALUE; a value with blanks, brackets, "
                 "commas, quotes or = needs quotes, as in 'data.root=\"my photos (1)\"'."

@@ -41,7 +41,8 @@ MODES = ("generational", "steady_state")
 AUGMENTATIONS = ("none", "flip", "crop_flip", "trivial")
 MAX_PARALLEL = 1024
 """Workers, or threads of one, that a machine may be asked for; a slip of the hand exceeds it."""
-"""Elites of a population that is larger, where no number is given."""
+MAX_TRIALS = 1_000_000
+"""Trials of a search; a slip of the hand exceeds it, and it would never end."""
 T = TypeVar("T")
 _TIME = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
 _KINDS = {
@@ -67,10 +68,11 @@ def _require(holds: bool, key: str, value: object, allowed: str) -> None:
 def _require_range(
     key: str, value: float, low: float, high: float = math.inf, *, open_high: bool = False
 ) -> None:
+    open_high = open_high or high == math.inf
     holds = low <= value and (value < high if open_high else value <= high)
-    bracket = ")" if open_high or high == math.inf else "]"
+    bracket = ")" if open_high else "]"
     allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}{bracket}"
-    _require(holds and math.isfinite(value), key, value, allowed)
+    _require(holds, key, value, allowed)
 
 
 def _require_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -95,7 +97,7 @@ def parse_seconds(text: str) -> float:
             perhaps with decimals; a number without a unit at the end is seconds.
 
     Returns:
-        Seconds, greater than 0.
+        Seconds, greater than 0 and finite.
 
     Raises:
         UserError: If the text is no such duration, or zero.
@@ -103,7 +105,7 @@ def parse_seconds(text: str) -> float:
     match = _TIME.fullmatch(text.strip())
     numbers = [float(group or 0) for group in match.groups()] if match else [0.0]
     seconds = sum(n * unit for n, unit in zip(numbers, (86400, 3600, 60, 1), strict=False))
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise UserError(
             f"budget.time must be a duration such as 90s, 15m, 2h or 1h30m, but got {text!r}."
         )
@@ -321,8 +323,9 @@ class FinalConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for each in fields(self):
-            _require_range(f"final.{each.name}", getattr(self, each.name), 1)
+        for name in ("top_k", "max_epochs", "patience"):
+            _require_range(f"final.{name}", getattr(self, name), 1)
+        _require_range("final.seeds", self.seeds, 1, 1000)
 
 
 @dataclass(frozen=True)
@@ -334,7 +337,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check the range."""
         if self.max_gb is not None:
-            _require_range("cache.max_gb", self.max_gb, 0)
+            _require_range("cache.max_gb", self.max_gb, 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -365,6 +368,11 @@ class Config:
             raise UserError(
                 f"data.image_size must be at least {self.model.min_image_size} for "
                 f"model={self.model.name}, but got {self.data.image_size}."
+            )
+        if self.n_trials > MAX_TRIALS:
+            raise UserError(
+                f"A search must have at most {MAX_TRIALS} trials, but got {self.n_trials}: lower "
+                "budget.trials, or ga.pop and ga.generations."
             )
         if self.pruner is not None:
             below = self.trainer.max_epochs  # one epoch leaves nothing to stop, and that is all
@@ -487,12 +495,16 @@ def _evaluator(node: DictConfig) -> EvaluatorConfig:
     return replace(_section(EvaluatorConfig, flat, "evaluator"), settings=settings)
 
 
-def _missing(node: object, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of the values that are ``???``."""
-    for name, value in node.items() if isinstance(node, dict) else ():
-        if value == "???":
-            yield f"{prefix}{name}"
-        yield from _missing(value, f"{prefix}{name}.")
+def _values(node: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted keys of all values, and the values."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _values(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _values(value, f"{key}[{index}]")
+    else:
+        yield key, node
 
 
 def _fill_elites(ga: object) -> None:
@@ -528,8 +540,11 @@ def checked(composed: DictConfig) -> Config:
             of its range; one line.
     """
     cfg = composed.copy()
-    for key in _missing(OmegaConf.to_container(cfg)):
-        raise UserError(f"{key} is required: give {key}=VALUE.")
+    for key, value in _values(OmegaConf.to_container(cfg)):
+        if value == "???":
+            raise UserError(f"{key} is required: give {key}=VALUE.")
+        if isinstance(value, int) and abs(value) >= 2**63:  # nothing takes more
+            raise UserError(f"{key} must be below 2**63, but got {value}.")
     for key in ("seed", *GROUPS):
         if key not in cfg:
             raise UserError(f"{key} is required: give {key}=VALUE.")

@@ -4,16 +4,24 @@ import dataclasses
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from optuna.trial import create_trial
 
+import gatl.conf
 from gatl.chromosome import Gene
 from gatl.cli import compose, parse
 from gatl.config import Config, checked, parse_seconds
 from gatl.errors import UserError
+from gatl.strategies.base import Strategy
+from gatl.strategies.build import build_strategy
 
 
 def config(*overrides: str) -> Config:
@@ -115,7 +123,8 @@ RANGES = {
     "pruner.min_epochs=3": "below trainer.max_epochs=3, or 1",
     "pruner.reduction_factor=1": "at least 2",
     "pruner.reduction_factor=2.5": WHOLE,
-    "cache.max_gb=-1": "at least 0",
+    "cache.max_gb=-1": "in [0, 1000000]",
+    "cache.max_gb=1e300": "in [0, 1000000]",
     "cache.max_gb=much": "a number or null",
     "cache=0": "a group of settings",
     "budget.trials=0": "at least 1",
@@ -125,10 +134,12 @@ RANGES = {
     "budget.time=soon": TIME,
     "budget.time=": TIME,
     "budget.time=1s1h": TIME,
+    f"budget.time={'9' * 400}h": TIME,
     "budget.time=[1]": "a text or null",
     "budget=5": "a group of settings",
     "final.top_k=0": "at least 1",
-    "final.seeds=0": "at least 1",
+    "final.seeds=0": "in [1, 1000]",
+    "final.seeds=1001": "in [1, 1000]",
     "final.max_epochs=0": "at least 1",
     "final.patience=0": "at least 1",
     "search.initial=3": "a list of chromosomes",
@@ -218,6 +229,16 @@ MESSAGES = {
     ("search.initial=[{dropout: nan}]",): (
         "search.initial dropout must be a finite number, but got nan."
     ),
+    ("budget.trials=1000001",): (
+        "A search must have at most 1000000 trials, but got 1000001: lower budget.trials, or "
+        "ga.pop and ga.generations."
+    ),
+    ("ga.pop=500000",): (
+        "A search must have at most 1000000 trials, but got 2999990: lower budget.trials, or "
+        "ga.pop and ga.generations."
+    ),
+    (f"ga.pop={2**63}",): f"ga.pop must be below 2**63, but got {2**63}.",
+    (f"space.dropout.low=-{2**63}",): f"space.dropout.low must be below 2**63, but got -{2**63}.",
     ("ga.pop=2", "ga.n_elites=0", "search.initial=[{}, {}, {}]"): (
         "search.initial must have at most ga.pop=2 chromosomes, but got 3."
     ),
@@ -392,72 +413,145 @@ def test_typing_error_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-KEYS = [
-    "seed",
-    "data",
-    "data.root",
-    "data.image_size",
-    "data.batch_size",
-    "data.max_bad",
-    "data.source",
-    "model",
-    "model.se",
-    "model.mean",
-    "model.n_layers",
-    "ga",
-    "ga.pop",
-    "ga.n_elites",
-    "ga.mutation_prob",
-    "ga.mutation_step",
-    "search.initial",
-    "space",
-    "space.dropout",
-    "space.dropout.low",
-    "space.included_layers.value",
-    "space.weight_decay",
-    "space.weight_decay.low",
-    "trainer.precision",
-    "trainer.deterministic",
-    "evaluator.workers",
-    "evaluator.threads",
-    "logger",
-    "logger._target_",
-    "budget",
-    "budget.time",
-    "budget.trials",
-    "final.seeds",
-    "cache.max_gb",
-    "experiment",
-    "resume",
-    "foo",
-    "data.foo",
-    "hydra.run.dir",
-]
-EDGES = (
-    "null ??? true 0 -1 1 1.5 1e9 1e400 nan -inf auto 32 ü '' 'ä' [] [3] [a,b] {} {a:1} [{}] [[1]] "
-    "{low:0,high:1} [{dropout:1}] [{1:2}] {_target_:x} ${x} ${seed} ${ga} ${data.root} "
-    '${oc.env:NO_SUCH} 1,2 range(1,3) digits default ( = " a=b @ ~'
+# Whatever a user may type
+
+
+def every_key(path: Path, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a YAML file."""
+
+    def keys(node: object, prefix: str) -> Iterator[str]:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}{name}"
+            yield from keys(value, f"{prefix}{name}.")
+
+    return keys(OmegaConf.to_container(OmegaConf.load(path)), prefix)
+
+
+CONF = Path(gatl.conf.__file__).parent
+FILES = sorted(path for path in CONF.glob("*/*.yaml") if not path.stem.startswith("_"))
+# timm's models are known to timm alone, which takes torch along; Optuna's GP is made of torch.
+CHOICES = [f"{path.parent.name}={path.stem}" for path in FILES if path.stem not in ("timm", "gp")]
+NO_KEYS = "foo data.foo model.network.foo search.sampler.foo évolution ga.pop.x a.b.c ga@x ga/x ++x"
+ABSENT = "space.weight_decay space.weight_decay.low search.sampler.seed evaluator.foo experiment"
+KEYS = sorted(
+    {path.parent.name for path in FILES}
+    | {key for path in FILES for key in every_key(path, f"{path.parent.name}.")}
+    | set(every_key(CONF / "config.yaml"))
+    | set(NO_KEYS.split())
+    | set(ABSENT.split())
 )
-VALUES = st.one_of(
+EDGES = (
+    "null ??? true 0 -1 1 2 3 1.5 0.5 1e9 1e309 -1e400 nan -inf inf auto 32 ü '' 'ä' [] {} {a:1} "
+    "{low:0,high:1} {low:nan,high:1} {value:3} [{dropout:1}] [{1:2}] {_target_:x} 0x10 1_000 "
+    "${x} ${seed} ${ga} ${data.root} ${.} ${oc.env:NO_SUCH} ${oc.env:HOME} ${now:%Y} ${x ${} "
+    '1,2 range(1,3) glob(*) int(3) str(3) interval(0,1) digits default ( = " a=b @ ~ * 90s 1h30m '
+    "os.system builtins.dict gatl.nothing 🐈 \u202e \x07 ' ] 1- 1/2 $ % \\ #1 --x"
+)
+HUGE = [str(10**400), str(-(10**400)), str(2**63), str(2**32), "9" * 5000, "1" * 400 + ".5"]
+WORDS = "true false null 1e-3 2h none flip auto cpu 32 bicubic head block [] {}"
+TEXTS = st.text(max_size=5)
+PLAUSIBLE = st.one_of(
+    st.integers(-1, 20).map(str),
+    st.floats(0, 1).map(str),
+    st.sampled_from(WORDS.split()),
+)
+LEAVES = st.one_of(
     st.sampled_from(EDGES.split()),
+    st.sampled_from(HUGE),
     st.integers().map(str),
     st.floats().map(str),
-    st.text(max_size=5),
+    TEXTS,
+    TEXTS.map(lambda text: f"'{text}'"),
+    st.sampled_from(KEYS).map(lambda key: f"${{{key}}}"),
+)
+NESTED = st.recursive(
+    st.one_of(LEAVES, PLAUSIBLE),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]"),
+        st.dictionaries(
+            st.sampled_from(["low", "high", "value", "log", "dropout", "a", "_target_", "1"]),
+            inner,
+            max_size=3,
+        ).map(lambda d: "{" + ",".join(f"{k}:{v}" for k, v in d.items()) + "}"),
+    ),
+    max_leaves=3,
 )
 
 
-@settings(max_examples=150)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUES),
-        min_size=1,
-        max_size=2,
+@st.composite
+def overrides_of_any_kind(draw: st.DrawFn) -> list[str]:
+    """Draw a choice of a group or two, and a few settings, half of them sensible."""
+    choices = st.lists(
+        st.sampled_from(CHOICES), max_size=2, unique_by=lambda choice: choice.partition("=")[0]
     )
-)
-def test_any_override_is_accepted_or_refused_in_one_line(overrides):
-    lines = [f"{sign}{key}" + ("" if sign == "~" else f"={v}") for sign, key, v in overrides]
+    lines = draw(choices)
+    values = draw(st.sampled_from([PLAUSIBLE, PLAUSIBLE, LEAVES, NESTED]))
+    for _ in range(draw(st.integers(1, 3))):
+        sign = draw(st.sampled_from(["", "", "", "", "", "+", "++", "~"]))
+        key = draw(st.sampled_from(KEYS))
+        lines.append(f"{sign}{key}" if sign == "~" else f"{sign}{key}={draw(values)}")
+    return lines
+
+
+def told(lines: list[str]) -> Config | str:
+    """Compose, check, and build the strategy, all of which a command does before torch."""
     try:
-        result: Config | str = config(*lines)
+        cfg = config(*lines)
+        strategy = build_strategy(cfg)
     except UserError as refused:
-        result = str(refused)
-    assert isinstance(result, Config) or "\n" not in result
+        return str(refused)
+    rehearse(cfg, strategy)
+    return cfg
+
+
+def rehearse(cfg: Config, strategy: Strategy) -> None:
+    """Let an accepted configuration do what a search does, with losses out of the air."""
+    rng, record = np.random.default_rng(0), []
+    spaces, distributions = cfg.space, strategy.distributions()
+    for number in range(min(cfg.n_trials, 16)):
+        horizon = strategy.horizon(number)
+        assert 0 <= horizon <= number
+        pending = [spaces.from_dict(trial.params) for trial in record[horizon:]]
+        chromosome = strategy.propose(number, record[:horizon], pending)
+        assert chromosome == spaces.repair(chromosome)
+        loss, params = float(rng.exponential()), spaces.to_dict(chromosome)
+        trial = create_trial(params=params, distributions=distributions, value=loss)
+        trial.number = number
+        record.append(trial)
+    assert strategy.generation(cfg.n_trials) is None or cfg.n_trials
+    assert cfg.rungs == tuple(sorted(set(cfg.rungs)))
+    assert all(0 < rung < cfg.trainer.max_epochs for rung in cfg.rungs)
+    assert 1 <= cfg.n_trials <= 10**6
+    for node in map(dataclasses.asdict, (cfg.data, cfg.ga, cfg.model, cfg.final, cfg.cache)):
+        assert all(math.isfinite(x) for x in node.values() if isinstance(x, float)), node
+
+
+def check(lines: list[str]) -> None:
+    started = time.process_time()
+    result = told(lines)
+    if isinstance(result, str):
+        assert result.isprintable()
+        assert time.process_time() - started < 3
+
+
+@pytest.fixture(scope="module")
+def _no_torch() -> Iterator[None]:
+    """Whoever imports torch to find a mistake fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", None)
+        yield
+
+
+@pytest.mark.usefixtures("_no_torch")
+@settings(max_examples=10)
+@given(overrides_of_any_kind())
+def test_any_override_is_accepted_and_works_or_is_refused_in_one_line(lines):
+    check(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_torch")
+@settings(max_examples=2500)
+@given(overrides_of_any_kind())
+def test_so_are_thousands_of_them(lines):
+    check(lines)

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import incumbent
-from gatl.strategies.base import Strategy, require_whole, require_within
+from gatl.strategies.base import MAX_STEP, Strategy, require_whole, require_within
 from gatl.strategies.operators.neighbour import neighbour
 from gatl.streams import Purpose, generator
 
@@ -69,7 +69,7 @@ class Annealing(Strategy):
             chromosomes are more.
         initial_acceptance: See above, in (0, 1).
         cooling: What T is multiplied with after a move, in (0, 1].
-        step: How far a neighbour is, as a share of each gene's range, in (0, inf).
+        step: How far a neighbour is, as a share of each gene's range, in (0, 1000].
         patience: Rejected moves in a row after which a chain starts again, in [1, inf).
     """
 
@@ -88,9 +88,9 @@ class Annealing(Strategy):
     ) -> None:
         for name, value in {"chains": chains, "n_opening": n_opening, "patience": patience}.items():
             require_whole(name, value, 1)
-        require_within("initial_acceptance", initial_acceptance, 0, 1, closed=False)
-        require_within("cooling", cooling, 0, 1, closed=True)
-        require_within("step", step, 0, math.inf, closed=False)
+        require_within("initial_acceptance", initial_acceptance, 0, 1, ends="()")
+        require_within("cooling", cooling, 0, 1, ends="(]")
+        require_within("step", step, 0, MAX_STEP, ends="(]")
         super().__init__(space=space, seed=seed, initial=initial)
         self.chains = chains
         self.n_opening = max(n_opening, math.ceil(len(self.initial) / chains))
@@ -99,7 +99,7 @@ class Annealing(Strategy):
         self.step = step
         self.patience = patience
         # Each chain's last state: it only saves going through the chain from its beginning.
-        self._memo = {chain: _State([]) for chain in range(chains)}
+        self._memo: dict[int, _State] = {}
 
     def horizon(self, number: int) -> int:
         """Return what lies behind the trial before it in its chain."""
@@ -132,7 +132,7 @@ class Annealing(Strategy):
     def _state(self, chain: int, record: Sequence[FrozenTrial]) -> _State:
         """Return where a chain stands after its trials in the record."""
         trials = list(record[chain :: self.chains])
-        state = self._memo[chain]
+        state = self._memo.get(chain, _State([]))
         if state.trials != trials[: len(state.trials)]:  # by identity, so fast
             state = _State([])
         for end in range(len(state.trials) + 1, len(trials) + 1):

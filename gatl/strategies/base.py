@@ -13,19 +13,32 @@ from optuna.trial import FrozenTrial
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.streams import Purpose, generator
 
+MAX_WHOLE = 1_000_000
+"""No setting has a use for more, and a slip of the hand exceeds it."""
+
+MAX_STEP = 1000.0
+"""Ranges of a gene that a step may be wide; beyond a few, every value is as near as any other."""
+
 
 def require_whole(name: str, value: object, low: int) -> None:
-    """Raise a `ValueError` unless a setting is a whole number in [low, inf)."""
-    if type(value) is not int or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, but got {value!r}")
+    """Raise a `ValueError` unless a setting is a whole number in [low, 1,000,000]."""
+    if type(value) is not int or not low <= value <= MAX_WHOLE:
+        raise ValueError(
+            f"{name} must be a whole number in [{low}, {MAX_WHOLE}], but got {value!r}"
+        )
 
 
-def require_within(name: str, value: object, low: float, high: float, *, closed: bool) -> None:
-    """Raise a `ValueError` unless a setting is a number in (low, high), or (low, high]."""
+def require_within(name: str, value: object, low: float, high: float, *, ends: str) -> None:
+    """Raise a `ValueError` unless a setting is a number in an interval, such as ends="(]"."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and (low < value < high or (closed and value == high))):  # type: ignore[operator]
-        bracket = "]" if closed else ")"
-        raise ValueError(f"{name} must be a number in ({low}, {high}{bracket}, but got {value!r}")
+    inside = number and (
+        low < value < high  # type: ignore[operator]
+        or (value == low and ends[0] == "[")
+        or (value == high and ends[1] == "]")
+    )
+    if not inside:
+        interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+        raise ValueError(f"{name} must be a number in {interval}, but got {value!r}")
 
 
 class Strategy(BaseSampler):

@@ -91,7 +91,9 @@ class Genetic(Strategy):
         n_elites: int,
         duplicate_retries: int,
     ) -> None:
-        if not 0 <= n_elites < pop:
+        require_whole("pop", pop, 2)
+        require_whole("n_elites", n_elites, 0)
+        if n_elites >= pop:
             raise ValueError(
                 f"`0 <= n_elites < pop` must hold, but got (n_elites={n_elites}, pop={pop})."
             )

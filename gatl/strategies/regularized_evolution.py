@@ -1,13 +1,12 @@
 """Regularized evolution, also called aging evolution."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
 from gatl.ranking import rank_key
-from gatl.strategies.base import Strategy, require_whole, require_within
+from gatl.strategies.base import MAX_STEP, Strategy, require_whole, require_within
 from gatl.strategies.operators.neighbour import neighbour
 from gatl.streams import Purpose, generator
 
@@ -37,7 +36,7 @@ class RegularizedEvolution(Strategy):
         initial: Chromosomes that are tried first.
         population_size: P, in [1, inf); more if the initial chromosomes are more.
         sample_size: S, in [1, inf); the more, the harder the selection.
-        step: How far a mutation goes, as a share of each gene's range, in (0, inf).
+        step: How far a mutation goes, as a share of each gene's range, in (0, 1000].
         lag: In [0, inf).
     """
 
@@ -55,7 +54,7 @@ class RegularizedEvolution(Strategy):
         require_whole("population_size", population_size, 1)
         require_whole("sample_size", sample_size, 1)
         require_whole("lag", lag, 0)
-        require_within("step", step, 0, math.inf, closed=False)
+        require_within("step", step, 0, MAX_STEP, ends="(]")
         super().__init__(space=space, seed=seed, initial=initial)
         self.population_size = max(population_size, len(self.initial))
         self.sample_size = sample_size

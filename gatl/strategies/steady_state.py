@@ -67,6 +67,7 @@ class SteadyState(Strategy):
         duplicate_retries: int,
         lag: int,
     ) -> None:
+        require_whole("pop", pop, 2)
         require_whole("lag", lag, 0)
         super().__init__(space=space, seed=seed, initial=initial)
         self.pop = pop

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gatl.chromosome import Chromosome, SearchSpace
+from gatl.strategies.base import MAX_STEP, require_whole, require_within
 from gatl.strategies.operators.crossover import two_point_crossover
 from gatl.strategies.operators.mutation import mutate
 from gatl.strategies.operators.tournament import tournament
@@ -19,7 +20,7 @@ class Breeding:
         tournament_size: Individuals in a tournament, in [1, inf).
         crossover_prob: Probability that the pair crosses over, in [0, 1].
         mutation_prob: Probability that a gene is mutated, in [0, 1].
-        mutation_step: How far it moves then, as a share of its range, in (0, inf);
+        mutation_step: How far it moves then, as a share of its range, in (0, 1000];
             None: it is redrawn.
         duplicate_retries: How often at most a known child is mutated again, in [0, inf).
     """
@@ -29,6 +30,15 @@ class Breeding:
     mutation_prob: float
     mutation_step: float | None
     duplicate_retries: int
+
+    def __post_init__(self) -> None:
+        """Check the types and ranges."""
+        require_whole("tournament_size", self.tournament_size, 1)
+        require_within("crossover_prob", self.crossover_prob, 0, 1, ends="[]")
+        require_within("mutation_prob", self.mutation_prob, 0, 1, ends="[]")
+        if self.mutation_step is not None:
+            require_within("mutation_step", self.mutation_step, 0, MAX_STEP, ends="(]")
+        require_whole("duplicate_retries", self.duplicate_retries, 0)
 
 
 def breed(
