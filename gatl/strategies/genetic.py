@@ -92,11 +92,11 @@ class Genetic(Strategy):
         duplicate_retries: int,
     ) -> None:
         require_whole("pop", pop, 2)
-        require_whole("n_elites", n_elites, 0)
-        if n_elites >= pop:
+        if not 0 <= n_elites < pop:
             raise ValueError(
                 f"`0 <= n_elites < pop` must hold, but got (n_elites={n_elites}, pop={pop})."
             )
+        require_whole("n_elites", n_elites, 0)
         super().__init__(space=space, seed=seed, initial=initial)
         self.pop = pop
         self.n_elites = n_elites
