@@ -213,7 +213,9 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> DictConfig
                 key, value = override.key_or_group, override.value()
                 options = loader.get_group_options(key)
                 names = value if isinstance(value, list) else [value]
-                named = isinstance(value, dict) or all(isinstance(name, str) for name in names)
+                named = isinstance(value, dict) or all(
+                    isinstance(name, str) and "${" not in name for name in names
+                )
                 if options and not named and not override.is_delete():
                     raise UserError(f"{key} must be one of {', '.join(options)}, but got {value}.")
             composed = hydra.compose(config_name, overrides=list(overrides))

@@ -50,6 +50,9 @@ MESSAGES = {
     ),
     ("data=flower",): f"data=flower is no choice (nearest: flowers); there are: {DATA}",
     ("data=null",): f"data must be one of {DATA}, but got None.",
+    ("pruner=${defaults}",): (
+        "pruner must be one of none, successive_halving, but got ${defaults}."
+    ),
     ("experiment=3",): "experiment must be one of original, quickstart, but got 3.",
     ("+ga.pop=4",): "ga.pop is set already: leave out the +.",
     ("+data=flowers",): "data is set already: leave out the +.",

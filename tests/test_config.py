@@ -416,27 +416,33 @@ def test_typing_error_needs_no_torch():
 # Whatever a user may type
 
 
-def every_key(path: Path, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a YAML file."""
+def defaults_of(path: Path, prefix: str = "") -> dict[str, object]:
+    """Return the defaults of a YAML file by their dotted keys, groups among them."""
 
-    def keys(node: object, prefix: str) -> Iterator[str]:
+    def values(node: object, prefix: str) -> Iterator[tuple[str, object]]:
         for name, value in node.items() if isinstance(node, dict) else ():
-            yield f"{prefix}{name}"
-            yield from keys(value, f"{prefix}{name}.")
+            yield f"{prefix}{name}", value
+            yield from values(value, f"{prefix}{name}.")
 
-    return keys(OmegaConf.to_container(OmegaConf.load(path)), prefix)
+    return dict(values(OmegaConf.to_container(OmegaConf.load(path)), prefix))
 
 
 CONF = Path(gatl.conf.__file__).parent
 FILES = sorted(path for path in CONF.glob("*/*.yaml") if not path.stem.startswith("_"))
 # timm's models are known to timm alone, which takes torch along; Optuna's GP is made of torch.
-CHOICES = [f"{path.parent.name}={path.stem}" for path in FILES if path.stem not in ("timm", "gp")]
+CHOICES = {
+    f"{path.parent.name}={path.stem}": defaults_of(path, f"{path.parent.name}.")
+    for path in FILES
+    if path.stem not in ("timm", "gp")
+}
+"""With the defaults of each."""
+DEFAULTS = ("ga=default", "space=default", "trainer=default", "pruner=successive_halving")
 NO_KEYS = "foo data.foo model.network.foo search.sampler.foo évolution ga.pop.x a.b.c ga@x ga/x ++x"
 ABSENT = "space.weight_decay space.weight_decay.low search.sampler.seed evaluator.foo experiment"
 KEYS = sorted(
     {path.parent.name for path in FILES}
-    | {key for path in FILES for key in every_key(path, f"{path.parent.name}.")}
-    | set(every_key(CONF / "config.yaml"))
+    | {key for path in FILES for key in defaults_of(path, f"{path.parent.name}.")}
+    | set(defaults_of(CONF / "config.yaml"))
     | set(NO_KEYS.split())
     | set(ABSENT.split())
 )
@@ -455,6 +461,11 @@ PLAUSIBLE = st.one_of(
     st.floats(0, 1).map(str),
     st.sampled_from(WORDS.split()),
 )
+ALIKE = {
+    bool: st.sampled_from(["true", "false"]),
+    int: st.integers(0, 20).map(str),
+    float: st.floats(0, 1).map(str),
+}
 LEAVES = st.one_of(
     st.sampled_from(EDGES.split()),
     st.sampled_from(HUGE),
@@ -482,14 +493,22 @@ NESTED = st.recursive(
 def overrides_of_any_kind(draw: st.DrawFn) -> list[str]:
     """Draw a choice of a group or two, and a few settings, half of them sensible."""
     choices = st.lists(
-        st.sampled_from(CHOICES), max_size=2, unique_by=lambda choice: choice.partition("=")[0]
+        st.sampled_from(list(CHOICES)),
+        max_size=2,
+        unique_by=lambda choice: choice.partition("=")[0],
     )
     lines = draw(choices)
-    values = draw(st.sampled_from([PLAUSIBLE, PLAUSIBLE, LEAVES, NESTED]))
+    known = [item for choice in (*DEFAULTS, *lines) for item in CHOICES[choice].items()]
+    sensible = draw(st.booleans())
+    values = draw(st.sampled_from([PLAUSIBLE, LEAVES, NESTED]))
     for _ in range(draw(st.integers(1, 3))):
-        sign = draw(st.sampled_from(["", "", "", "", "", "+", "++", "~"]))
-        key = draw(st.sampled_from(KEYS))
-        lines.append(f"{sign}{key}" if sign == "~" else f"{sign}{key}={draw(values)}")
+        if sensible:
+            key, default = draw(st.sampled_from(known))
+            lines.append(f"{key}={draw(ALIKE.get(type(default), PLAUSIBLE))}")
+        else:
+            sign = draw(st.sampled_from(["", "", "", "", "", "+", "++", "~"]))
+            key = draw(st.sampled_from(KEYS))
+            lines.append(f"{sign}{key}" if sign == "~" else f"{sign}{key}={draw(values)}")
     return lines
 
 
