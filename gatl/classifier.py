@@ -10,19 +10,21 @@ import lightning
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from gatl.models.layered import LayeredNetwork
 from gatl.trust import require_own, whole
 
-# Looking at a loss makes a GPU wait for it, so it is looked at now and then.
+# Looking at numbers makes a GPU wait for them, so they are looked at now and then.
 BATCHES_BETWEEN_CHECKS = 25
 
 
 class Diverged(ArithmeticError):
-    """A loss was not finite."""
+    """A loss, a weight or a feature was not finite."""
 
 
 class WeightedMean(Metric):
@@ -102,6 +104,7 @@ class Classifier(lightning.LightningModule):
         self.val_f1 = MulticlassF1Score(len(classes), average="macro")
         self.train_loss = WeightedMean()
         self.behind_prefix = False  # whether training and validation hand over boundary tensors
+        self.n_parts = 1  # see `train_in_parts`
         self.epochs: list[dict[str, float]] = []  # the metrics of each finished epoch
 
     @classmethod
@@ -136,6 +139,21 @@ class Classifier(lightning.LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
+    def train_in_parts(self, n_parts: int) -> None:
+        """Let each batch pass the network in parts that add their gradients up, to save memory.
+
+        BN sees a part at a time; without BN and dropout a step is that of the whole batch.
+        Images come as they would otherwise, so batches and what varies them are the same.
+
+        Args:
+            n_parts: At least 1. A batch in which some part would be a single image, for which
+                BN has no variance where maps are 1 x 1, stays whole.
+        """
+        self.n_parts = n_parts
+        # Lightning's own accumulation needs other batches, counts steps otherwise, and weighs
+        # the last batch of an epoch wrongly.
+        self.automatic_optimization = n_parts == 1
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam (Kingma & Ba 2015) over what is not frozen, at a constant rate."""
         return torch.optim.Adam(
@@ -156,8 +174,18 @@ class Classifier(lightning.LightningModule):
             )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross-entropy of a batch, weighted over the whole split."""
-        x, labels = batch
+        """Return the cross-entropy of a batch, weighted over the whole split.
+
+        Raises:
+            Diverged: If a loss since the last check was not finite, or a weight is not.
+        """
+        loss = self._loss(*batch) if self.n_parts == 1 else self._step_in_parts(*batch)
+        if (batch_idx + 1) % BATCHES_BETWEEN_CHECKS == 0:
+            self._require_finite("train_loss", float(self.train_loss.total))  # NaN stays in sums
+            self._require_finite_weights()
+        return loss
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
         losses = F.cross_entropy(
             self._logits(x),
             labels,
@@ -166,25 +194,42 @@ class Classifier(lightning.LightningModule):
         )
         weights = self._weights(labels)
         self.train_loss.update(losses.detach(), weights)
-        loss = (losses * weights).mean()  # not over the batch's weights: the split's average 1
-        if (batch_idx + 1) % BATCHES_BETWEEN_CHECKS == 0:
-            self._require_finite("train_loss", loss.item())
-        return loss
+        return (losses * weights).mean()  # not over the batch's weights: the split's average 1
+
+    def _step_in_parts(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Train one step on a batch, see `train_in_parts`; returns the loss of the batch."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        optimizer.zero_grad()
+        n_parts = self.n_parts if len(labels) >= 2 * self.n_parts else 1
+        total = torch.zeros((), device=labels.device)
+        for part in zip(x.tensor_split(n_parts), labels.tensor_split(n_parts), strict=True):
+            loss = self._loss(*part) * (len(part[1]) / len(labels))
+            self.manual_backward(loss)
+            total += loss.detach()
+        optimizer.step()
+        return total
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to the metrics of the validation split."""
+        """Add a batch to the metrics of the validation split.
+
+        Raises:
+            Diverged: If a loss since the last check was not finite.
+        """
         x, labels = batch
         logits = self._logits(x)
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.val_loss.update(losses, self._weights(labels))
         self.val_accuracy.update(logits, labels)
         self.val_f1.update(logits, labels)
+        if (batch_idx + 1) % BATCHES_BETWEEN_CHECKS == 0:
+            self._require_finite("val_loss", float(self.val_loss.total))
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's metrics.
 
         Raises:
-            Diverged: If a loss is not finite.
+            Diverged: If a loss or a weight is not finite.
         """
         metrics = {}
         for name in ("train_loss", "val_loss", "val_accuracy", "val_f1"):
@@ -193,19 +238,27 @@ class Classifier(lightning.LightningModule):
             metric.reset()
         for name in ("train_loss", "val_loss"):
             self._require_finite(name, metrics[name])
+        self._require_finite_weights()
         self.log_dict(metrics)
         self.epochs.append(metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the learning curve."""
+        """Keep the learning curve, and in how many parts batches are trained."""
         checkpoint["epochs"] = self.epochs
+        checkpoint["n_parts"] = self.n_parts
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the learning curve up again."""
+        """Take both up again; what began in parts ends in parts."""
         self.epochs = checkpoint.get("epochs", [])
+        self.train_in_parts(max(self.n_parts, checkpoint.get("n_parts", 1)))
 
     def on_train_start(self) -> None:
-        """Log the epochs that a checkpoint brought, since loggers begin anew."""
+        """Log the epochs that a checkpoint brought, since loggers begin anew.
+
+        Raises:
+            Diverged: If a weight is not finite, a frozen one included.
+        """
+        self._require_finite_weights(frozen=True)
         for epoch, metrics in enumerate(self.epochs):
             step = (epoch + 1) * int(self.trainer.num_training_batches) - 1
             for logger in self.loggers:
@@ -233,3 +286,20 @@ class Classifier(lightning.LightningModule):
     def _require_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             raise Diverged(f"diverged: {name} is {value} in epoch {self.current_epoch + 1}")
+
+    def _require_finite_weights(self, *, frozen: bool = False) -> None:
+        """Look at parameters and buffers: BN's statistics may be infinite, and no loss show it.
+
+        Args:
+            frozen: Whether to look at those that do not change, too.
+
+        Raises:
+            Diverged: If some number of them is not finite.
+        """
+        modules = [self.network] if frozen else self.network.trained()
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        norm = get_total_norm([t for t in tensors if t.is_floating_point()], math.inf)
+        if not math.isfinite(norm):
+            state = self.network.state_dict()
+            name = next(name for name, t in state.items() if not t.isfinite().all())
+            raise Diverged(f"diverged: {name} is not finite in epoch {self.current_epoch + 1}")

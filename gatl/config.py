@@ -89,12 +89,13 @@ def _require_target(key: str, node: Mapping[str, Any]) -> None:
     )
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(text: str, key: str) -> float:
     """Parse a duration such as ``90s``, ``15m``, ``1.5h``, ``1d``, ``1h30m`` or ``90``.
 
     Args:
         text: Days, hours, minutes and seconds in this order, each optional, each
             perhaps with decimals; a number without a unit at the end is seconds.
+        key: The setting, for the error's message.
 
     Returns:
         Seconds, greater than 0 and finite.
@@ -107,7 +108,7 @@ def parse_seconds(text: str) -> float:
     seconds = sum(n * unit for n, unit in zip(numbers, (86400, 3600, 60, 1), strict=False))
     if not 0 < seconds < math.inf:
         raise UserError(
-            f"budget.time must be a duration such as 90s, 15m, 2h or 1h30m, but got {text!r}."
+            f"{key} must be a duration such as 90s, 15m, 2h or 1h30m, but got {text!r}."
         )
     return seconds
 
@@ -266,6 +267,7 @@ class EvaluatorConfig:
     _target_: str
     workers: str
     threads: int
+    timeout: str | None = None  # an evaluator of another kind need not know of it
     settings: dict[str, Any] = field(default_factory=dict)  # whatever else its YAML says
 
     def __post_init__(self) -> None:
@@ -277,6 +279,15 @@ class EvaluatorConfig:
         allowed = f"auto or a whole number in [1, {MAX_PARALLEL}]"
         _require(valid, "evaluator.workers", self.workers, allowed)
         _require_range("evaluator.threads", self.threads, 1, MAX_PARALLEL)
+        if self.timeout is not None:
+            parse_seconds(self.timeout, "evaluator.timeout")
+
+    @property
+    def seconds(self) -> float:
+        """What a fit may take; infinite if that is not limited."""
+        if self.timeout is None:
+            return math.inf
+        return parse_seconds(self.timeout, "evaluator.timeout")
 
 
 @dataclass(frozen=True)
@@ -304,12 +315,12 @@ class BudgetConfig:
         if self.trials is not None:
             _require_range("budget.trials", self.trials, 1)
         if self.time is not None:
-            parse_seconds(self.time)
+            parse_seconds(self.time, "budget.time")
 
     @property
     def seconds(self) -> float:
         """The time budget; infinite if there is none."""
-        return math.inf if self.time is None else parse_seconds(self.time)
+        return math.inf if self.time is None else parse_seconds(self.time, "budget.time")
 
 
 @dataclass(frozen=True)
@@ -489,7 +500,7 @@ def _space(node: DictConfig, model: ModelConfig) -> SearchSpace:
 
 def _evaluator(node: DictConfig) -> EvaluatorConfig:
     """Set apart what an evaluator has beyond what all have; its class checks it."""
-    shared = ("_target_", "workers", "threads")
+    shared = ("_target_", "workers", "threads", "timeout")
     settings = {str(name): node[name] for name in node if name not in shared}
     flat = OmegaConf.masked_copy(node, [name for name in shared if name in node])
     return replace(_section(EvaluatorConfig, flat, "evaluator"), settings=settings)

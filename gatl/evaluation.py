@@ -1,6 +1,7 @@
 """From a chromosome to its val_loss: one `Trainer.fit` each, on local workers."""
 
 import concurrent.futures
+import contextlib
 import gc
 import hashlib
 import json
@@ -13,13 +14,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import lightning
 import psutil
@@ -52,10 +54,14 @@ CHECKPOINT = "rung.ckpt"
 EVAL_BATCH_SIZE = 128
 """Validation or test images a batch; nothing that is measured depends on it."""
 
+PARTS = 2
+"""Parts of a batch, when memory did not suffice for the whole."""
+
+OUT_OF_MEMORY = "out of memory: lower data.batch_size or data.image_size"
 # How libraries say that memory ran out, beside raising an exception of that name.
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory"
-    r"|(CUDA error|MPS backend)[ :]+out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc|(CUDA error|MPS backend)[ :]+out of memory|CUBLAS_STATUS_ALLOC_FAILED"
     r"|CUDNN_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED)"
 )
 
@@ -205,8 +211,11 @@ def load_pretrained(config: Config, network: LayeredNetwork) -> LoadReport | Non
     return replace(report, notes=(*report.notes, *notes))
 
 
-def build_data(config: Config, data: PreparedData, seed: int) -> ImageData:
-    """Build the batches of one fit; their order depends on the seed and the epoch."""
+def build_data(config: Config, data: PreparedData, seed: int, n_parts: int = 1) -> ImageData:
+    """Build the batches of one fit; their order depends on the seed and the epoch.
+
+    Validation and test batches are as many times smaller as training batches have parts.
+    """
     return ImageData(
         data,
         batch_size=config.data.batch_size,
@@ -214,7 +223,7 @@ def build_data(config: Config, data: PreparedData, seed: int) -> ImageData:
         mean=config.model.mean,
         std=config.model.std,
         seed=seed,
-        eval_batch_size=EVAL_BATCH_SIZE,
+        eval_batch_size=EVAL_BATCH_SIZE // n_parts,
     )
 
 
@@ -291,7 +300,7 @@ class Fitter:
         self._config, self._data, self._stop, self._device = config, data, stop, device
 
     def __call__(self, fit: Fit) -> Outcome:
-        """Run one fit.
+        """Run one fit; once more in parts of batches, if memory runs out.
 
         Returns:
             Its outcome. A failure is an outcome too; its traceback goes to
@@ -302,12 +311,26 @@ class Fitter:
                 weights do not fit the network.
         """
         started = time.monotonic()
+        outcome = self._try(fit)
+        free_memory()
+        if outcome.error == OUT_OF_MEMORY and can_be_parted(self._config):
+            outcome = self._try(fit, PARTS)
+            free_memory()
+            if outcome.error == OUT_OF_MEMORY:
+                error = f"{OUT_OF_MEMORY}, or evaluator.workers (half a batch was too much as well)"
+                outcome = replace(outcome, error=error)
+        if outcome.stopped:
+            return outcome
+        return replace(outcome, duration_s=time.monotonic() - started)
+
+    def _try(self, fit: Fit, n_parts: int = 1) -> Outcome:
         classifier: Classifier | None = None
         cache: list[CachedPrefix] = []
         checkpoint = fit.folder / CHECKPOINT
         try:
             torch.manual_seed(fit.seed)
             classifier, report = build_classifier(self._config, self._data, fit.genes)
+            classifier.train_in_parts(n_parts)
             stopper = StopOnRequest(self._stop)
             cache = build_cache(self._config, self._data, classifier, report, stopper)
             trainer = build_trainer(
@@ -320,7 +343,7 @@ class Fitter:
             )
             trainer.fit(
                 classifier,
-                datamodule=build_data(self._config, self._data, fit.seed),
+                datamodule=build_data(self._config, self._data, fit.seed, n_parts),
                 ckpt_path=checkpoint if checkpoint.is_file() else None,
                 weights_only=True,
             )
@@ -342,26 +365,46 @@ class Fitter:
             fit.folder.mkdir(parents=True, exist_ok=True)
             (fit.folder / "error.txt").write_text(traceback.format_exc())
             outcome = Outcome(error=reason(error))
-        finally:
-            gc.collect()  # a Trainer and its module refer to each other
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
         return replace(
             outcome,
             epochs=len(classifier.epochs) if classifier else 0,
-            duration_s=time.monotonic() - started,
             trainable_params=classifier.network.n_trainable if classifier else None,
             total_params=classifier.network.n_parameters if classifier else None,
             uncached=bool(cache and classifier and not classifier.behind_prefix),
+            micro_batch=micro_batch(self._config, classifier) if classifier else None,
         )
 
 
 def reason(error: Exception) -> str:
     """Say in one line why a fit failed."""
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
     text = str(error).strip()
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(text):
-        return "out of memory: lower data.batch_size or data.image_size"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out, the device's or the machine's."""
+    kinds = MemoryError | torch.OutOfMemoryError
+    return isinstance(error, kinds) or _NO_MEMORY.search(str(error)) is not None
+
+
+def micro_batch(config: Config, classifier: Classifier) -> int | None:
+    """Return how many images of a batch pass a classifier at once; None for whole batches."""
+    n_parts = classifier.n_parts
+    return None if n_parts == 1 else -(-config.data.batch_size // n_parts)
+
+
+def can_be_parted(config: Config) -> bool:
+    """Whether no part of a batch is a single image, see `Classifier.train_in_parts`."""
+    return config.data.batch_size >= 2 * PARTS
+
+
+def free_memory() -> None:
+    """Free what a fit leaves: a Trainer and its module refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Evaluator(Protocol):
@@ -410,6 +453,38 @@ def _fit_in_worker(fit: Fit) -> Outcome:
     return _fitter(fit)
 
 
+class _Running(NamedTuple):
+    """A fit that runs."""
+
+    worker: int
+    key: int
+    fit: Fit
+    since: float  # seconds, as `time.monotonic` has them
+    server: int  # the process that started its worker
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Start processes that no Ctrl-C or SIGTERM reaches.
+
+    Signals reach the whole process group; the driver alone decides what they mean. What it
+    blocks, the fork server blocks, and a worker from its first moment on.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _fork_server() -> int:
+    """Return the id of the process that starts workers; a new one if that was killed."""
+    with _signals_blocked():
+        forkserver.ensure_running()
+    pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
+
+
 class LocalEvaluator:
     """Runs fits on this machine, in processes of their own.
 
@@ -431,7 +506,7 @@ class LocalEvaluator:
         self._processes.set_forkserver_preload([__name__])  # so torch is imported once for all
         self._pools = [self._pool(worker) for worker in range(self._n_workers)]
         self._idle = list(range(self._n_workers))
-        self._running: dict[concurrent.futures.Future[Outcome], tuple[int, int, Fit]] = {}
+        self._running: dict[concurrent.futures.Future[Outcome], _Running] = {}
         self._lost: dict[int, int] = {}  # by key: how often its worker died
 
     @property
@@ -447,17 +522,14 @@ class LocalEvaluator:
     def submit(self, key: int, fit: Fit) -> None:
         """Start a fit on an idle worker."""
         worker = self._idle.pop(0)
-        # Signals reach the whole process group; the driver alone decides what they mean. What it
-        # blocks, a worker that is started now blocks from its first moment on.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            future = self._pools[worker].submit(_fit_in_worker, fit)
-        except BrokenProcessPool:  # it died while it was idle
-            self._replace(worker)
-            future = self._pools[worker].submit(_fit_in_worker, fit)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._running[future] = (worker, key, fit)
+        with _signals_blocked():
+            try:
+                future = self._pools[worker].submit(_fit_in_worker, fit)
+            except (BrokenProcessPool, EOFError, ConnectionError):
+                # It was killed while it was idle, or the fork server while that started it.
+                self._replace(worker)
+                future = self._pools[worker].submit(_fit_in_worker, fit)
+        self._running[future] = _Running(worker, key, fit, time.monotonic(), _fork_server())
 
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Return the fits that have ended, after the first one or ``timeout`` seconds.
@@ -468,15 +540,16 @@ class LocalEvaluator:
         done, _ = concurrent.futures.wait(
             self._running, timeout, return_when=concurrent.futures.FIRST_COMPLETED
         )
-        ended = []
+        ended = self._give_up()
         for future in done:
-            worker, key, fit = self._running.pop(future)
+            worker, key, fit, _, server = self._running.pop(future)
             self._idle.append(worker)
             try:
                 outcome = future.result()
             except BrokenProcessPool:
                 self._replace(worker)
-                self._lost[key] = self._lost.get(key, 0) + 1
+                died = server == _fork_server()  # otherwise that was killed, and takes all with it
+                self._lost[key] = self._lost.get(key, 0) + died
                 if self._stop.is_set():
                     outcome = Outcome(stopped=True)
                 elif self._lost[key] < 2:
@@ -489,17 +562,43 @@ class LocalEvaluator:
             ended.append((key, outcome))
         return sorted(ended, key=lambda pair: pair[0])
 
+    def _give_up(self) -> list[tuple[int, Outcome]]:
+        """Kill the workers of fits that take too long, replace them, and return these fits."""
+        settings, now = self._config.evaluator, time.monotonic()
+        late = [
+            future
+            for future, fit in self._running.items()
+            if now - fit.since > settings.seconds and not future.done()
+        ]
+        ended = []
+        for future in late:
+            fit = self._running.pop(future)
+            self._kill(fit.worker)
+            self._replace(fit.worker)
+            self._idle.append(fit.worker)
+            self._lost.pop(fit.key, None)
+            error = f"killed after evaluator.timeout={settings.timeout}"
+            ended.append((fit.key, Outcome(error=error, duration_s=now - fit.since)))
+        return ended
+
     def close(self, *, now: bool = False) -> None:
         """End the workers, once their fits have ended: set ``stop`` to make that soon.
 
         Args:
-            now: Kill worker processes, whatever they do.
+            now: Kill worker processes, whatever they do; those whose fits take longer than
+                ``evaluator.timeout`` to end are killed in any case.
         """
-        for pool in self._pools:
+        if not now:
+            limit = min(self._config.evaluator.seconds, threading.TIMEOUT_MAX)
+            now = bool(concurrent.futures.wait(self._running, limit).not_done)
+        for worker, pool in enumerate(self._pools):
             if now:
-                for process in list((pool._processes or {}).values()):  # None once it is shut down
-                    process.kill()
+                self._kill(worker)
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _kill(self, worker: int) -> None:
+        for process in list((self._pools[worker]._processes or {}).values()):  # None once shut down
+            process.kill()
 
     def _replace(self, worker: int) -> None:
         self._pools[worker].shutdown(wait=False)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 from torchvision.transforms import v2
 
-from gatl.classifier import Classifier
+from gatl.classifier import Classifier, Diverged
 from gatl.data.images import Images, PreparedData, PreparedSplit, Streamed
 from gatl.data.module import ImageData
 from gatl.models.layered import LayeredNetwork
@@ -297,6 +297,8 @@ class CachedPrefix(Callback):
         files: Where boundary tensors are kept.
         settings: What they depend on beside weights, pixels and device, as plain data.
         check: Raises if the fit shall stop; asked before each chunk.
+
+    What the frozen layers give is kept only if it is finite; otherwise the fit has `Diverged`.
     """
 
     def __init__(self, files: FeatureFiles, settings: Mapping[str, Any], check: Check) -> None:
@@ -362,7 +364,7 @@ class _Prefix:
         def compute() -> Iterator[Array]:
             self._get(train, False, depth)  # for the pooled vectors, which are next
             network.fit_neck_statistics(self._chunks(train, False, depth), start=depth)
-            yield np.stack([_to_array(buffer) for buffer in buffers])
+            yield np.stack([_to_array(_finite(buffer)) for buffer in buffers])
 
         norm = next(m for m in network.neck.modules() if isinstance(m, nn.BatchNorm2d))
         buffers = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
@@ -393,7 +395,7 @@ class _Prefix:
             self._check()
             rows = np.arange(first, min(first + CHUNK, len(split)))
             x = base.batch(np.pad(rows, (0, CHUNK - len(rows)), mode="edge")).to(self._device)
-            yield self._cross(x, mirrored, start, depth)[: len(rows)]
+            yield _finite(self._cross(x, mirrored, start, depth)[: len(rows)])
 
     def _nearest(self, split: PreparedSplit, mirrored: bool, depth: int) -> tuple[int, Images]:
         """Return the deepest boundary up to `depth` that is kept, or the images."""
@@ -411,6 +413,13 @@ class _Prefix:
         for module in range(start, depth):
             x = self._network.prefix(_laid_out(x), module, module + 1)
         return x
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Return what frozen layers give, if it may be kept."""
+    if not x.isfinite().all():
+        raise Diverged("diverged: what the frozen layers give is not finite")
+    return x
 
 
 def _laid_out(x: Tensor) -> Tensor:

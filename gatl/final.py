@@ -49,6 +49,7 @@ from gatl.cli import (
 from gatl.config import Config
 from gatl.errors import UserError, printable
 from gatl.evaluation import (
+    PARTS,
     Fit,
     FitStopped,
     SeededEpochs,
@@ -57,12 +58,22 @@ from gatl.evaluation import (
     build_classifier,
     build_data,
     build_trainer,
+    can_be_parted,
     fit_seed,
+    free_memory,
+    is_out_of_memory,
+    micro_batch,
     reason,
     resolve_precision,
 )
 from gatl.outcome import Outcome
-from gatl.progress import format_count, format_genes, format_loss, new_console
+from gatl.progress import (
+    format_count,
+    format_genes,
+    format_loss,
+    format_micro_batch,
+    new_console,
+)
 from gatl.ranking import best_distinct, incumbent
 from gatl.record import (
     JOURNAL,
@@ -307,8 +318,11 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
             if outcome.stopped:
                 continue
             known[str(fits[i].seed)] = outcome.to_json()
+            name = f"re-evaluation of {fits[i].folder.name}"
+            if outcome.micro_batch is not None:
+                session.console.print(f"{name}: {format_micro_batch(outcome.micro_batch)}")
             if outcome.error is not None:
-                session.console.print(f"re-evaluation of {fits[i].folder.name}: {outcome.error}")
+                session.console.print(f"{name}: {outcome.error}")
             # A failure that may pass is tried again the next time.
             lasting = {k: o for k, o in known.items() if o["error"] is None or o["diverged"]}
             _write_json(path, lasting)
@@ -352,7 +366,8 @@ def retrain(
     """Train a chromosome for longer, with early stopping; keep the best epoch.
 
     All cores take part, since no other fit runs. A training that was cut off goes on
-    from its last whole epoch, as if it had not been.
+    from its last whole epoch, as if it had not been. One that runs out of memory goes
+    on from there too, once, in parts of batches.
 
     Args:
         session: The run.
@@ -363,9 +378,21 @@ def retrain(
         The classifier of the best epoch, and what there is to say of the training.
 
     Raises:
-        Diverged: If a loss was not finite in the first epoch.
+        Diverged: If a loss, a weight or a feature was not finite in the first epoch.
         FitStopped: If the user stopped it.
     """
+    try:
+        return _retrain(session, genes, folder)
+    except Exception as error:
+        if not (is_out_of_memory(error) and can_be_parted(session.config)):
+            raise
+    free_memory()  # out of there, where the exception holds on to it
+    return _retrain(session, genes, folder, PARTS)
+
+
+def _retrain(
+    session: Session, genes: Mapping[str, Value], folder: Path, n_parts: int = 1
+) -> tuple[Classifier, dict[str, Any]]:
     config = session.config
     settings = {"genes": dict(genes), "patience": config.final.patience}
     last, curve = _begun(folder, settings, config.final.max_epochs)
@@ -374,6 +401,9 @@ def retrain(
     seed = fit_seed(config.seed, Purpose.FINAL, genes)
     torch.manual_seed(seed)
     classifier, report = build_classifier(config, session.data, genes)
+    classifier.train_in_parts(n_parts)
+    if (n := micro_batch(config, classifier)) is not None:
+        session.console.print(f"final training: {format_micro_batch(n)}")
     if not _is_over(curve, config.final.max_epochs, config.final.patience):
         begun = f", {len(curve)} of them done" if curve else ""
         session.console.print(
@@ -397,7 +427,7 @@ def retrain(
             Epochs(session.console),
         ]
         trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
-        images = build_data(config, session.data, seed)
+        images = build_data(config, session.data, seed, n_parts)
         try:
             trainer.fit(classifier, datamodule=images, ckpt_path=last, weights_only=True)
         except Diverged as error:
@@ -419,6 +449,7 @@ def retrain(
         **{name: curve[best][name] for name in ("val_loss", "val_accuracy")},
         "trainable_params": classifier.network.n_trainable,
         "total_params": classifier.network.n_parameters,
+        "micro_batch": micro_batch(config, loaded),
         "threads": THREADS,
         "seconds": round(time.monotonic() - started, 1),
         "weights": report.to_json() if report else {},
@@ -482,7 +513,8 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
     config, data, folder = session.config, session.data, session.folder / "final"
     trainer = build_trainer(config, 1, folder / "test", [], 0, enable_checkpointing=False)
     trainer.logger = None  # what there is to keep is written below
-    trainer.test(classifier, datamodule=build_data(config, data, 0), verbose=False)
+    images = build_data(config, data, 0, classifier.n_parts)
+    trainer.test(classifier, datamodule=images, verbose=False)
     logits = torch.cat(classifier.test_logits)
     labels = data.test.labels
     probability, predicted = (x.numpy() for x in logits.softmax(1).max(1))

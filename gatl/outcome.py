@@ -24,10 +24,13 @@ class Outcome:
         trainable_params: Parameters that the optimizer moved.
         total_params: Parameters of the network.
         error: Why the evaluation failed, in one line; None if it did not.
-        diverged: Whether it failed because a loss was not finite. Such a result
-            is as final as a loss; other failures may pass.
+        diverged: Whether it failed because a loss, a weight or a feature was not
+            finite. Such a result is as final as a loss; other failures may pass.
         stopped: Whether the fit was cut off on request; it has no result then.
         pruned: Whether it was stopped at a rung; what it has is of the epochs up to there.
+        micro_batch: Images that passed the network at once, where memory did not suffice
+            for whole batches; their gradients were added up. BN saw no more at a time,
+            so the result is not that of whole batches. None otherwise.
         uncached: Whether it could not keep what its frozen layers give: there was no room.
         reused_from: The number of the trial whose result this is, if it was not
             evaluated again.
@@ -43,6 +46,7 @@ class Outcome:
     diverged: bool = False
     stopped: bool = False
     pruned: bool = False
+    micro_batch: int | None = None
     uncached: bool = False
     reused_from: int | None = None
 

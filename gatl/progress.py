@@ -72,6 +72,14 @@ def format_count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def format_micro_batch(n: int) -> str:
+    """Say what a fit did that had run out of memory, see `Outcome.micro_batch`."""
+    return (
+        f"out of memory; then in micro-batches of {n} images, whose gradients add up to those of "
+        f"a batch (batch normalisation sees {n} at a time)"
+    )
+
+
 def format_duration(seconds: float) -> str:
     """Write a duration as a person would say it, such as ``3 min``."""
     if seconds < 9.5:
@@ -199,6 +207,8 @@ class View:
                 f"Feature cache: full, so trial {trial.number} computed its frozen layers in each "
                 "epoch (cache.max_gb, or the disk, has no room)"
             )
+        if outcome.micro_batch is not None and outcome.reused_from is None:
+            self._print(f"trial {trial.number}: {format_micro_batch(outcome.micro_batch)}")
         if self._live is None:
             self._print(self._line(trial, outcome))
         elif outcome.error and not outcome.diverged and outcome.reused_from is None:

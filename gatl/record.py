@@ -267,7 +267,7 @@ class History:
             *("number", "generation", "state"),
             *self._genes,
             *results.split(),
-            *("reused_from", "error"),
+            *("micro_batch", "reused_from", "error"),
         )
 
     def update(
@@ -301,6 +301,7 @@ class History:
             round(outcome.duration_s, 3),
             outcome.trainable_params,
             outcome.total_params,
+            outcome.micro_batch,
             outcome.reused_from,
             outcome.error,
         )

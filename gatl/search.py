@@ -1,5 +1,6 @@
 """The driver of a search: ask, evaluate, tell, until the budget is spent."""
 
+import re
 import shutil
 import threading
 import time
@@ -36,10 +37,13 @@ from gatl.streams import Purpose
 from gatl.trust import word_for
 
 MAX_FAILURES = 5
-"""Failures in a row, by number, that stop a search; divergence is a result, no such failure.
+"""Failures in a row, by number, of one kind, that stop a search; divergence is none of them.
 
 By number, because the largest networks start first and are the first to find no memory.
 """
+
+_PARTICULARS = re.compile(r"'[^']*'|\d+")
+"""What differs in failures of one kind: names, of files mostly, and numbers."""
 
 _LATEST = 200
 """Fits that tell what others cost; more would tell no more."""
@@ -100,7 +104,7 @@ class Search:
         self._costs: deque[Cost] = deque(maxlen=_LATEST)  # of the fits that ended last
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
         self._any_complete = False  # in this session: the first fit always finishes
-        self._failures = 0  # of the leading trials, the last ones
+        self._failures: list[int] = []  # in a row, of one kind, the last of the leading trials
 
     def run(self) -> Ending:
         """Search until the budget is spent, or the user stops it.
@@ -151,7 +155,7 @@ class Search:
                 self._enqueue(self._whole(trial))
         self._longest_first()
         self._publish()
-        self._failures = 0  # what was wrong may be mended
+        self._failures.clear()  # what was wrong may be mended
         self._view.resumed(self._trials)
 
     def _whole(self, trial: FrozenTrial) -> FrozenTrial:
@@ -283,12 +287,13 @@ class Search:
             return
         self._tell(number, outcome)
         self._any_complete |= outcome.error is None
-        if self._failures >= MAX_FAILURES:
-            last = self._n_leading - 1
+        if len(self._failures) >= MAX_FAILURES:
+            last = self._failures[-1]
+            trace = self._fit_folder(last) / "error.txt"
+            seen = f" (see {trace})" if trace.is_file() else ""
             raise UserError(
-                f"{MAX_FAILURES} trials in a row failed; the last, {last}: "
-                f"{outcome_of(self._trials[last]).error} "
-                f"(see {self._fit_folder(last) / 'error.txt'}). When that is mended, go on with: "
+                f"{MAX_FAILURES} trials in a row failed for one reason; the last, {last}: "
+                f"{outcome_of(self._trials[last]).error}{seen}. When that is mended, go on with: "
                 + resume_command(self._folder, *word_for(self._config))
             )
 
@@ -328,10 +333,18 @@ class Search:
         trials = self._trials
         while self._n_leading < len(trials) and trials[self._n_leading].state.is_finished():
             outcome = outcome_of(trials[self._n_leading])
-            if not outcome.diverged:
-                self._failures = 0 if outcome.error is None else self._failures + 1
+            if outcome.error is None:
+                self._failures.clear()
+            elif not outcome.diverged:
+                self._count_failure(self._n_leading)
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
+
+    def _count_failure(self, number: int) -> None:
+        """Add a failure to those before it; one of another kind begins anew."""
+        row = [*self._failures, number]
+        kinds = {_PARTICULARS.sub("", outcome_of(self._trials[n]).error or "") for n in row}
+        self._failures = row if len(kinds) == 1 else [number]
 
     @property
     def _askable(self) -> bool:

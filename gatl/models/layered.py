@@ -112,7 +112,7 @@ class LayeredNetwork(nn.Module):
 
     def suffix(self, z: Tensor) -> Tensor:
         """Apply what is trained to a boundary tensor; returns logits (B, K)."""
-        for module in self._trained():
+        for module in self.trained()[:-1]:
             z = module(z)
         logits: Tensor = self.classifier(self.dropout(z))
         return logits
@@ -182,5 +182,6 @@ class LayeredNetwork(nn.Module):
     def _neck_norms(self) -> list[nn.BatchNorm2d]:
         return [m for m in self.neck.modules() if isinstance(m, nn.BatchNorm2d)]
 
-    def _trained(self) -> list[nn.Module]:
-        return [self.stem, *self.layers, self.neck][self._n_fixed :]
+    def trained(self) -> list[nn.Module]:
+        """Return the modules that training moves, in order; the classifier is the last."""
+        return [*[self.stem, *self.layers, self.neck][self._n_fixed :], self.classifier]
