@@ -66,6 +66,12 @@ _NO_MEMORY = re.compile(
 )
 
 
+MOMENT = 0.1
+"""Seconds until a process that was killed counts as dead, on a busy machine too."""
+ATTEMPTS = 5
+"""To start a worker, one kill of whoever starts it each."""
+
+
 class FitStopped(Exception):
     """A fit was cut off on request."""
 
@@ -523,13 +529,25 @@ class LocalEvaluator:
         """Start a fit on an idle worker."""
         worker = self._idle.pop(0)
         with _signals_blocked():
-            try:
-                future = self._pools[worker].submit(_fit_in_worker, fit)
-            except (BrokenProcessPool, EOFError, ConnectionError):
-                # It was killed while it was idle, or the fork server while that started it.
-                self._replace(worker)
-                future = self._pools[worker].submit(_fit_in_worker, fit)
+            future = self._send(worker, fit)
         self._running[future] = _Running(worker, key, fit, time.monotonic(), _fork_server())
+
+    def _send(self, worker: int, fit: Fit) -> concurrent.futures.Future[Outcome]:
+        """Give a worker a fit; if it was killed while it was idle, another one in its place.
+
+        The fork server may have been killed, too, perhaps while it started that one.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._pools[worker].submit(_fit_in_worker, fit)
+            except (BrokenProcessPool, EOFError, ConnectionError) as error:
+                self._replace(worker)
+                time.sleep(MOMENT * attempt)
+                failed = error
+        raise UserError(
+            f"No worker process can be started ({reason(failed)}): is there enough memory? "
+            "Fewer evaluator.workers take less."
+        ) from failed
 
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Return the fits that have ended, after the first one or ``timeout`` seconds.
@@ -548,6 +566,7 @@ class LocalEvaluator:
                 outcome = future.result()
             except BrokenProcessPool:
                 self._replace(worker)
+                time.sleep(MOMENT)
                 died = server == _fork_server()  # otherwise that was killed, and takes all with it
                 self._lost[key] = self._lost.get(key, 0) + died
                 if self._stop.is_set():

@@ -70,6 +70,8 @@ def fit(
     prepared: PreparedData,
     epochs: int = 1,
     eval_batch_size: int = 128,
+    batch_size: int = 8,
+    checkpoint: Path | None = None,
     **more: Any,
 ) -> lightning.Trainer:
     trainer = lightning.Trainer(
@@ -83,14 +85,15 @@ def fit(
         **more,
     )
     torch.manual_seed(SEED)
-    trainer.fit(classifier, datamodule=data(prepared, eval_batch_size))
+    images = data(prepared, eval_batch_size, batch_size)
+    trainer.fit(classifier, datamodule=images, ckpt_path=checkpoint, weights_only=True)
     return trainer
 
 
-def data(prepared: PreparedData, eval_batch_size: int = 128) -> ImageData:
+def data(prepared: PreparedData, eval_batch_size: int = 128, batch_size: int = 8) -> ImageData:
     return ImageData(
         prepared,
-        batch_size=8,
+        batch_size=batch_size,
         augment="none",
         mean=MEAN,
         std=STD,
@@ -122,9 +125,10 @@ def train_by_hand(
     epochs: int,
     weights: Tensor,
     smoothing: float = 0.0,
+    batch_size: int = 8,
 ) -> list[dict[str, float]]:
     """Train as a plain loop does; returns the losses of each epoch."""
-    batches = ShuffledBatches(prepared.train, 8, SEED)
+    batches = ShuffledBatches(prepared.train, batch_size, SEED)
     history = []
     torch.manual_seed(SEED)
     for _ in range(epochs):
@@ -144,6 +148,69 @@ def train_by_hand(
         val_loss = (weights[labels] * losses).sum() / weights[labels].sum()
         history.append({"train_loss": total / seen, "val_loss": val_loss.item()})
     return history
+
+
+LENET = {"_target_": "gatl.models.lenet.lenet5"}  # without BN
+
+
+@pytest.mark.parametrize("n_parts", [2, 3])
+@pytest.mark.parametrize("batch_size", [7, 12])  # the last batch has 5 images, and 4
+def test_in_parts_a_step_is_that_of_the_whole_batch(prepared, batch_size, n_parts):
+    """But for BN and dropout: same batches, same gradients, whatever the sizes of the parts."""
+    weights = class_weights(prepared.train.labels, 3)
+    genes = {"included_layers": 5, "label_smoothing": 0.2, "weight_decay": 0.1}
+    whole = build(weights=weights.tolist(), network=LENET, **genes)
+    reference, parted = copy.deepcopy(whole.network).double(), copy.deepcopy(whole)
+    parted.train_in_parts(n_parts)
+    seen = []
+    parted.network.register_forward_hook(
+        lambda network, inputs, _: seen.append(len(inputs[0])) if network.training else None
+    )
+    more = {"epochs": 2, "batch_size": batch_size, "precision": "64-true"}
+    for classifier in (whole, parted):
+        fit(classifier, prepared, **more)
+    n_whole, n_last = divmod(40, batch_size)
+    assert len(seen) == 2 * (n_whole * n_parts + (n_parts if n_last >= 2 * n_parts else 1))
+    assert max(seen[:-1]) == max(-(-batch_size // n_parts), seen[-1])
+    assert sum(seen) == 2 * 40
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
+    losses = train_by_hand(
+        reference, optimizer, prepared, 2, torch.tensor(weights), 0.2, batch_size
+    )
+    for classifier in (whole, parted):
+        for metrics, expected in zip(classifier.epochs, losses, strict=True):
+            for name, loss in expected.items():
+                assert metrics[name] == pytest.approx(loss, rel=1e-5), name
+    assert parted.epochs == [pytest.approx(metrics, rel=1e-6) for metrics in whole.epochs]
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(parted.network.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(2, {2}), (3, {3}), (4, {2}), (6, {3}), (13, {6, 7})]
+)
+def test_no_part_is_a_single_image(prepared, batch_size, sizes):
+    classifier = build(included_layers=2)
+    classifier.train_in_parts(2)
+    seen = set()
+    classifier.network.stem.register_forward_hook(
+        lambda stem, inputs, _: seen.add(len(inputs[0])) if stem.training else None
+    )
+    fit(classifier, prepared, batch_size=batch_size)
+    assert seen - {2} == sizes - {2}
+    assert min(seen) >= 2
+    assert classifier.epochs
+
+
+def test_what_began_in_parts_goes_on_in_parts(prepared, tmp_path):
+    expected = build()
+    expected.train_in_parts(2)
+    fit(expected, prepared, epochs=2)
+    begun, resumed = build(), build()
+    begun.train_in_parts(2)
+    fit(begun, prepared).save_checkpoint(tmp_path / "rung.ckpt")
+    fit(resumed, prepared, epochs=2, checkpoint=tmp_path / "rung.ckpt")
+    assert resumed.epochs == expected.epochs
 
 
 @pytest.mark.parametrize("weight_decay", [None, 0.1])
@@ -273,8 +340,70 @@ def test_broken_weights_are_divergence(prepared, value):
     classifier = build()
     with torch.no_grad():
         classifier.network.classifier.weight[0, 0] = value
-    with pytest.raises(Diverged, match=r"diverged: \w+_loss is (nan|inf) in epoch 1"):
+    with pytest.raises(Diverged, match=r"diverged: classifier\.weight is not finite in epoch 1"):
         fit(classifier, prepared)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_statistics_that_no_loss_shows_are_divergence_before_the_first_step(prepared, frozen):
+    """What is divided by an infinite variance is 0: the losses look fine."""
+    classifier = build(frozen_layers=frozen)
+    norm = classifier.network.layers[0].dense.norm1
+    norm.running_var.fill_(math.inf)
+    classifier.eval()
+    images, labels = everything(prepared.val)
+    with torch.no_grad():
+        assert nn.functional.cross_entropy(classifier(images), labels).isfinite()
+    classifier.training_step = refuse  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"layers\.0\.dense\.norm1\.running_var is not finite"):
+        fit(classifier, prepared)
+
+
+def refuse(*args: object) -> None:
+    pytest.fail("too late")
+
+
+@pytest.mark.parametrize("name", ["layers.3.dense.norm1.running_var", "classifier.bias"])
+@pytest.mark.parametrize("batches_between", [2, 1000])
+def test_weights_that_become_infinite_are_divergence_though_the_losses_are_finite(
+    prepared, monkeypatch, name, batches_between
+):
+    """Within some steps; at the latest when the epoch ends."""
+    monkeypatch.setattr(module, "BATCHES_BETWEEN_CHECKS", batches_between)
+    classifier = build()
+    steps = []
+
+    def spoil(outputs: object, batch: object, batch_idx: int) -> None:
+        steps.append(batch_idx)
+        if len(steps) == 3:
+            classifier.network.state_dict()[name].fill_(math.inf)
+
+    monkeypatch.setattr(classifier, "on_train_batch_end", spoil)
+    monkeypatch.setattr(classifier, "_logits", lambda x: classifier(x).nan_to_num(0, 0, 0))
+    with pytest.raises(Diverged, match=f"diverged: {name} is not finite in epoch 1"):
+        fit(classifier, prepared)
+    assert classifier.epochs == []
+    assert len(steps) == (3 if batches_between == 2 else 5)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_loss_that_is_no_number_is_noticed_at_the_next_look(prepared, monkeypatch, split):
+    """Though it is not the one of the batch at which somebody looks."""
+    monkeypatch.setattr(module, "BATCHES_BETWEEN_CHECKS", 4)
+    classifier = build()
+    steps = []
+
+    def spoil(network: nn.Module, _: object, logits: Tensor) -> Tensor:
+        if network.training == (split == "train"):
+            steps.append(logits)
+        return logits * math.nan if len(steps) == 2 else logits
+
+    classifier.network.register_forward_hook(spoil)
+    monkeypatch.setattr(classifier, "_require_finite_weights", lambda **_: None)
+    monkeypatch.setattr(classifier, "optimizer_step", lambda *args: args[-1]())  # it moves nothing
+    with pytest.raises(Diverged, match=f"diverged: {split}_loss is nan in epoch 1"):
+        fit(classifier, prepared, eval_batch_size=4)
+    assert len(steps) == 4
 
 
 def test_huge_learning_rate_is_divergence(prepared):

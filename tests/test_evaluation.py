@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -314,16 +315,112 @@ def test_failure_is_an_outcome_with_its_reason(fitter, tmp_path, monkeypatch, er
 )
 def test_want_of_memory_is_told_in_the_users_terms(fitter, tmp_path, monkeypatch, error):
     failing_fit(monkeypatch, error)
-    reason = "out of memory: lower data.batch_size or data.image_size"
+    reason = (
+        "out of memory: lower data.batch_size or data.image_size, or evaluator.workers "
+        "(half a batch was too much as well)"
+    )
     outcome = fitter(fit(tmp_path / "0"))
     assert outcome.error == reason
     assert (outcome.val_loss, outcome.epochs, outcome.diverged) == (None, 0, False)
+    assert outcome.micro_batch == 4
 
 
 def test_real_want_of_memory_on_a_cpu(fitter, tmp_path, monkeypatch):
     for allocate in (torch.empty, np.empty):
         monkeypatch.setattr(lightning.Trainer, "fit", lambda *a, make=allocate, **k: make(2**58))
         assert fitter(fit(tmp_path / "0")).error.startswith("out of memory")
+
+
+def memory_for(monkeypatch: pytest.MonkeyPatch, n_images: int) -> list[int]:
+    """Let a network raise, as a GPU does, when more images come at once; note how many come."""
+    seen: list[int] = []
+    logits = Classifier._logits
+
+    def limited(self: Classifier, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        if len(x) > n_images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return logits(self, x)
+
+    monkeypatch.setattr(Classifier, "_logits", limited)
+    return seen
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_fit_out_of_memory_is_tried_once_more_in_halves_of_the_same_batches(
+    data, stop, tmp_path, monkeypatch, augment
+):
+    """The network has no BN, so it comes to the same: order, augmentation and gradients."""
+    overrides = (f"data.augment={augment}", "data.batch_size=8", "trainer.accelerator=cpu")
+    config = checked(compose(["model=lenet5", *overrides]))
+    fitter = Fitter(config, data, stop)
+    genes = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 1e-2, "dropout": 0.0}
+    expected = fitter(fit(tmp_path / "whole", genes, epochs=3))
+    monkeypatch.setattr(evaluation, "EVAL_BATCH_SIZE", 8)
+    seen = memory_for(monkeypatch, 4)
+    outcome = fitter(fit(tmp_path / "halves", genes, epochs=3))
+    assert outcome.error is None
+    assert outcome.micro_batch == 4
+    assert outcome.val_loss == pytest.approx(expected.val_loss, rel=1e-4)
+    assert seen == [8, *3 * (3 * [4, 4] + [4, 4, 2])]  # training, then validation
+    assert "CUDA out of memory" in (tmp_path / "halves" / "error.txt").read_text()
+    assert len((tmp_path / "halves" / "metrics.csv").read_text().splitlines()) == 1 + 3
+    assert expected.micro_batch is None
+
+
+def test_out_of_memory_in_validation_is_mended_too(fitter, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "EVAL_BATCH_SIZE", 10)
+    memory_for(monkeypatch, 9)
+    outcome = fitter(fit(tmp_path / "0"))
+    assert (outcome.error, outcome.micro_batch) == (None, 4)
+
+
+def test_memory_is_free_before_the_second_try(fitter, tmp_path, monkeypatch):
+    memory_for(monkeypatch, 4)
+    made: list[weakref.ref[Classifier]] = []
+    build = evaluation.build_classifier
+
+    def spied(*args: Any) -> Any:
+        assert [ref() for ref in made] == [None] * len(made)
+        found = build(*args)
+        made.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(evaluation, "build_classifier", spied)
+    fitter(fit(tmp_path / "0"))
+    assert len(made) == 2
+    assert [ref() for ref in made] == [None, None]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_batch_whose_halves_would_be_single_images_is_not_halved(
+    data, stop, tmp_path, monkeypatch, batch_size
+):
+    seen = memory_for(monkeypatch, 1)
+    config = configure(f"data.batch_size={batch_size}")
+    outcome = Fitter(config, data, stop)(fit(tmp_path / "0"))
+    assert outcome.error == "out of memory: lower data.batch_size or data.image_size"
+    assert outcome.micro_batch is None
+    assert seen == [batch_size]
+
+
+def test_what_went_on_in_halves_stays_in_halves_at_the_next_rung(fitter, tmp_path, monkeypatch):
+    """From the rung before: what was done is not done again."""
+
+    def climb(epochs: int) -> Outcome:
+        return fitter(dataclasses.replace(fit(tmp_path / "0", epochs=epochs), goes_on=True))
+
+    assert climb(1).micro_batch is None
+    seen = memory_for(monkeypatch, 4)
+    monkeypatch.setattr(evaluation, "EVAL_BATCH_SIZE", 8)
+    second = climb(2)
+    assert (second.error, second.epochs, second.micro_batch) == (None, 2, 4)
+    assert seen == [8, *3 * [4, 4], 4, 4, 2]
+    monkeypatch.undo()
+    seen = memory_for(monkeypatch, 100)
+    third = climb(4)
+    assert (third.error, third.epochs, third.micro_batch) == (None, 4, 4)
+    assert seen == 2 * [*3 * [4, 4], 10]
 
 
 def test_divergence_is_a_result(fitter, tmp_path):
