@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import gc
 import hashlib
 import json
@@ -61,7 +62,8 @@ OUT_OF_MEMORY = "out of memory: lower data.batch_size or data.image_size"
 # How libraries say that memory ran out, beside raising an exception of that name.
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory"
-    r"|std::bad_alloc|(CUDA error|MPS backend)[ :]+out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|std::bad_alloc|could not create a primitive(?! descriptor)"  # oneDNN's, of a convolution
+    r"|(CUDA error|MPS backend)[ :]+out of memory|CUBLAS_STATUS_ALLOC_FAILED"
     r"|CUDNN_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED)"
 )
 
@@ -318,13 +320,13 @@ class Fitter:
         """
         started = time.monotonic()
         outcome = self._try(fit)
-        free_memory()
         if outcome.error == OUT_OF_MEMORY and can_be_parted(self._config):
-            outcome = self._try(fit, PARTS)
             free_memory()
+            outcome = self._try(fit, PARTS)
             if outcome.error == OUT_OF_MEMORY:
                 error = f"{OUT_OF_MEMORY}, or evaluator.workers (half a batch was too much as well)"
                 outcome = replace(outcome, error=error)
+        _collect()
         if outcome.stopped:
             return outcome
         return replace(outcome, duration_s=time.monotonic() - started)
@@ -406,11 +408,19 @@ def can_be_parted(config: Config) -> bool:
     return config.data.batch_size >= 2 * PARTS
 
 
-def free_memory() -> None:
+def _collect() -> None:
     """Free what a fit leaves: a Trainer and its module refer to each other."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def free_memory() -> None:
+    """Give back what a fit leaves that ran out of memory, so that there is some for another."""
+    _collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc keeps what is freed; convolutions map theirs anew
+        libc.malloc_trim(0)
 
 
 class Evaluator(Protocol):
