@@ -117,6 +117,8 @@ RANGES = {
     "evaluator.workers=many": WORKERS,
     "evaluator.threads=0": "in [1, 1024]",
     "evaluator.threads=1025": "in [1, 1024]",
+    "evaluator.timeout=soon": "a duration such as 90s, 15m, 2h or 1h30m",
+    "evaluator.timeout=0": "a duration such as 90s, 15m, 2h or 1h30m",
     "logger._target_=null": "the dotted name of a class or function",
     "search._target_=null": "the dotted name of a class or function",
     "pruner.min_epochs=0": "at least 1",
@@ -311,7 +313,13 @@ def test_budget_time(text, seconds):
 @pytest.mark.parametrize("text", ["", "s", "0h", "-1s", "1x", "1h 30m", "m1", "nan", "inf", "1e3s"])
 def test_no_duration(text):
     with pytest.raises(UserError, match=r"budget\.time must be a duration"):
-        parse_seconds(text)
+        parse_seconds(text, "budget.time")
+
+
+def test_timeout_of_a_fit():
+    assert config().evaluator.seconds == math.inf
+    assert config("evaluator.timeout=90").evaluator.seconds == 90
+    assert config("evaluator.timeout=1h30m").evaluator.seconds == 5400
 
 
 def test_space_is_narrowed_fixed_and_grown_without_code():

@@ -5,10 +5,12 @@ What a fit itself does about them is in test_evaluation.py, what the search does
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -16,10 +18,12 @@ import numpy as np
 import psutil
 import pytest
 
+from gatl import evaluation
 from gatl.cli import compose
 from gatl.config import Config, checked
 from gatl.data.images import PreparedData, prepare
 from gatl.data.source import Source, Split, in_memory
+from gatl.errors import UserError
 from gatl.evaluation import Fit, LocalEvaluator
 from gatl.outcome import Outcome
 
@@ -160,11 +164,10 @@ def test_worker_that_is_killed_while_it_starts_is_replaced(unlimited):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_fork_server_that_is_killed_however_often_costs_no_fit(unlimited, times):
+def test_fork_server_that_is_killed_again_and_again_costs_no_fit(unlimited):
     """It takes all workers with it, so that says nothing of a fit."""
     pids = [unlimited.submit(key, FOREVER) for key in (0, 1)]
-    for _ in range(times):
+    for _ in range(3):
         for key in (0, 1):
             unlimited.begun(key)
         kill(forkserver._forkserver._forkserver_pid)
@@ -206,3 +209,54 @@ def test_fork_server_that_is_killed_while_it_starts_is_started_again(unlimited):
     unlimited.submit(1)
     killer.join()
     assert unlimited.drain()[1].error is None
+
+
+def address_space(pid: int) -> int:
+    return int(psutil.Process(pid).memory_info().vms)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
+@pytest.mark.parametrize(
+    ("more", "error", "micro_batch"),
+    [
+        (2000, None, None),
+        (570, None, 128),
+        (100, "out of memory: lower data.batch_size or data.image_size, or evaluator.workers", 128),
+    ],
+)
+def test_real_want_of_memory_in_a_worker(tmp_path, more, error, micro_batch):
+    """A step takes 700 MiB, one in halves 430, of what is shared with JIT code and the like."""
+    data = make_data(tmp_path / "images", n=256, side=128)
+    config = configure("data.image_size=128", "data.batch_size=256")
+    workers = Workers(config, data, tmp_path)
+    small = {**GENES, "included_layers": 1, "frozen_layers": 1}
+    workers.evaluator.submit(0, Fit(small, 1, 3, tmp_path / "0"))
+    pid = workers.pid(0)
+    assert workers.drain()[0].error is None
+    limit = address_space(pid) + more * 2**20
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+    assert workers.submit(1) == pid
+    outcome = workers.drain()[1]
+    if error is None:
+        assert outcome.error is None
+        assert outcome.val_loss == pytest.approx(0.693, abs=0.05)
+    else:
+        assert outcome.error.startswith(error)
+        workers.evaluator.submit(2, Fit(small, 1, 3, tmp_path / "2"))
+        assert workers.pid(2) == pid  # it has survived that, and still works
+        assert workers.drain()[2].error is None
+    assert outcome.micro_batch == micro_batch
+    assert (tmp_path / "1" / "error.txt").exists() == (micro_batch is not None)
+    workers.evaluator.close()
+
+
+def test_when_no_worker_can_be_started_one_line_says_so(unlimited, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise EOFError("unexpected EOF")
+
+    monkeypatch.setattr(evaluation, "MOMENT", 0.001)
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse)
+    with pytest.raises(UserError, match=r"can be started \(EOFError: unexpected EOF\)") as error:
+        unlimited.submit(0)
+    assert "\n" not in str(error.value)

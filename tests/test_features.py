@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from gatl import evaluation, features
 from gatl.cli import compose
@@ -22,6 +23,7 @@ from gatl.data.images import PreparedData, Streamed, prepare
 from gatl.data.source import Source, Split, in_memory
 from gatl.evaluation import Fit, Fitter, LocalEvaluator, build_classifier, silence
 from gatl.features import FeatureFiles, is_shared, prefix_digests, why_off
+from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
 from gatl.session import opened
 
@@ -222,6 +224,52 @@ def test_two_workers_give_the_bits_of_one(data, tmp_path):
         return [ended[key] for key in range(len(fits))]
 
     assert outcomes(1) == outcomes(2)
+
+
+# What is not kept
+
+
+@pytest.mark.parametrize(("frozen", "included"), [(6, 8), (1, 1)])
+def test_features_that_are_not_finite_end_the_fit_and_are_not_kept(
+    frozen, included, cached, tmp_path, monkeypatch
+):
+    """Weights are finite, and what they give is not: the last one overflows."""
+
+    def overflowing(*args: Any) -> Any:
+        classifier, report = build_classifier(*args)
+        stem = next(m for m in classifier.network.stem.modules() if isinstance(m, nn.BatchNorm2d))
+        stem.weight.data.fill_(3e38)
+        stem.bias.data.fill_(3e38)
+        return classifier, report
+
+    monkeypatch.setattr(evaluation, "build_classifier", overflowing)
+    stop = multiprocessing.get_context("spawn").Event()
+    fit = Fit(genes(frozen, included), 1, SEED, tmp_path / "fit")
+    outcome = Fitter(configure(), cached, stop)(fit)
+    assert outcome.error == "diverged: what the frozen layers give is not finite"
+    assert outcome.diverged
+    assert [path for path in cached.features.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_fit_out_of_memory_goes_on_in_halves_behind_its_prefix(cached, tmp_path, monkeypatch):
+    which = genes(6, 8)
+    plain, _ = run(configure(), cached, tmp_path / "plain", which, monkeypatch)
+    kept = {path: path.stat().st_ino for path in cached.features.glob("*.npy")}
+    suffix, seen = LayeredNetwork.suffix, []
+
+    def limited(self: LayeredNetwork, z: Any) -> Any:
+        if len(z) > 10 and self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.training:
+            seen.append(len(z))
+        return suffix(self, z)
+
+    monkeypatch.setattr(LayeredNetwork, "suffix", limited)
+    halves, behind = run(configure(), cached, tmp_path / "halves", which, monkeypatch)
+    assert behind
+    assert seen == 2 * [8, 8, 8, 8, 8, 8, 8, 8, 3, 3]
+    assert {path: path.stat().st_ino for path in cached.features.glob("*.npy")} == kept
+    assert halves[1]["val_loss"] == pytest.approx(plain[1]["val_loss"], rel=0.3)
 
 
 # When there is no cache

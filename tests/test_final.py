@@ -457,6 +457,52 @@ def test_any_other_error_is_one_line_and_a_file(tmp_path, data, monkeypatch, err
     assert not (tmp_path / "result.json").exists()
 
 
+def test_a_final_training_out_of_memory_goes_on_in_halves_from_its_last_epoch(
+    tmp_path, data, monkeypatch
+):
+    session = session_in(tmp_path, data)
+    session.evaluator.evaluate = favouring(session, 3)
+    logits, seen = Classifier._logits, []
+
+    def limited(self, x):
+        if self.training:
+            seen.append((self.current_epoch, len(x)))
+            if self.current_epoch == 1 and len(x) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(self, x)
+
+    monkeypatch.setattr(Classifier, "_logits", limited)
+    finish(session)
+    first = [size for epoch, size in seen if epoch == 0]
+    assert max(first) == 16
+    assert sum(first) == len(data.train)  # the first epoch is not done again
+    assert [size for epoch, size in seen if epoch == 1][:3] == [16, 8, 8]
+    assert max(size for epoch, size in seen if epoch == 2) == 8
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["final"]["micro_batch"] == 8
+    assert printed(session).count("final training: out of memory; then in micro-batches of 8") == 1
+
+
+def test_re_evaluations_tell_their_micro_batches(tmp_path, data):
+    outcomes = [Outcome(0.5, micro_batch=8), *[Outcome(0.5)] * 5]
+    session = session_in(tmp_path, data, lambda fit, i: outcomes[i])
+    reevaluate(session, session.study.get_trials())
+    assert "re-evaluation of 1_0: out of memory; then in micro-batches of 8" in printed(session)
+    kept = json.loads((tmp_path / "final" / "reevaluation.json").read_text())
+    assert sorted(o["micro_batch"] or 0 for o in kept.values()) == [0, 0, 0, 0, 0, 8]
+
+
+def test_a_re_evaluation_that_was_killed_has_failed_and_the_others_count(tmp_path, data):
+    def evaluate(fit, i):
+        return Outcome(error="killed after evaluator.timeout=1m") if i == 0 else Outcome(0.5)
+
+    session = session_in(tmp_path, data, evaluate)
+    best, *others = reevaluate(session, session.study.get_trials())
+    assert best.mean == np.inf
+    assert [other.mean for other in others] == [0.5, 0.5]
+    assert "re-evaluation of 1_0: killed after evaluator.timeout=1m" in printed(session)
+
+
 @pytest.mark.parametrize(
     ("losses", "said"),
     [

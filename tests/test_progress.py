@@ -159,6 +159,17 @@ def test_a_full_cache_is_told_once():
     assert out.getvalue().count("Feature cache") == 1
 
 
+def test_micro_batches_are_told_in_a_line_of_their_own():
+    view, out = plain()
+    view.ended(trial(0, micro_batch=8))
+    view.ended(trial(1, micro_batch=8, reused_from=0))
+    said = [line for line in out.getvalue().splitlines() if "memory" in line]
+    assert said == [
+        "trial 0: out of memory; then in micro-batches of 8 images, whose gradients add up to "
+        "those of a batch (batch normalisation sees 8 at a time)"
+    ]
+
+
 def test_going_on_counts_who_waits_at_a_rung():
     view = View(terminal(), 8, 2, by_four)
     waiting = trial(1, 1.0, epochs=1)

@@ -406,6 +406,8 @@ def test_generations_of_nothing_but_duplicates_do_not_end_the_search(tmp_path):
 
 
 def fails(fit):
+    fit.folder.mkdir(parents=True, exist_ok=True)
+    (fit.folder / "error.txt").touch()
     return Outcome(error="OSError: no space left")
 
 
@@ -424,6 +426,49 @@ def test_five_failures_in_a_row_stop_the_search(tmp_path):
     states = {int(row["number"]): row["state"] for row in rows(again.history)}
     assert len(states) == 18
     assert {n for n in states if states[n] == "FAIL"} == set(run.evaluator.fits)
+
+
+def in_turn(*errors):
+    """Fail for these reasons, by the trial's number."""
+    return lambda fit: Outcome(error=errors[int(fit.folder.name) % len(errors)])
+
+
+def test_failures_of_one_kind_stop_the_search_whatever_their_particulars(tmp_path):
+    said = "OSError: [Errno 2] No such file or directory: '/run/trials/{}/metrics.csv'"
+    run = Run(tmp_path, FakeEvaluator(evaluate=in_turn(*map(said.format, range(18)))))
+    with pytest.raises(UserError, match="5 trials in a row failed for one reason") as error:
+        run()
+    assert "error.txt" not in str(error.value)  # there is none
+
+
+def test_failures_of_several_kinds_do_not_stop_the_search(tmp_path):
+    errors = [*["OSError: a bad day"] * 4, "killed after evaluator.timeout=1m"]
+    run = Run(tmp_path, FakeEvaluator(evaluate=in_turn(*errors)))
+    assert run() is Ending.COMPLETE
+    assert {row["state"] for row in rows(run.history)} == {"FAIL"}
+
+
+def test_divergence_does_not_end_a_row_of_failures(tmp_path):
+    def evaluate(fit):
+        diverged = int(fit.folder.name) % 3 == 0
+        return Outcome(error="diverged: ...", diverged=True) if diverged else fails(fit)
+
+    run = Run(tmp_path, FakeEvaluator(evaluate=evaluate))
+    with pytest.raises(UserError, match=r"the last, [78]: OSError: no space left"):
+        run()
+
+
+def test_micro_batches_are_in_the_record_and_in_the_history(tmp_path):
+    def evaluate(fit):
+        halved = int(fit.folder.name) % 2
+        return replace(plain(fit), micro_batch=16 if halved else None)
+
+    run = whole(tmp_path / "run", FakeEvaluator(evaluate=evaluate), overrides=NARROW)
+    for row, trial in zip(rows(run.history), run.trials, strict=True):
+        source = int(row["reused_from"] or row["number"])
+        assert row["micro_batch"] == ("16" if source % 2 else "")
+        assert outcome_of(trial).micro_batch == (16 if source % 2 else None)
+    assert {row["micro_batch"] for row in rows(run.history)} == {"", "16"}
 
 
 def test_a_success_between_failures_lets_the_search_go_on(tmp_path):
