@@ -115,7 +115,7 @@ def run(
     stop = multiprocessing.get_context("spawn").Event()
     outcome = Fitter(config, data, stop)(Fit(which, epochs, SEED, folder))
     assert outcome.error is None, (folder / "error.txt").read_text()
-    return built[0].epochs, built[0].behind_prefix
+    return built[-1].epochs, built[-1].behind_prefix  # of the last try
 
 
 def assert_same(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
