@@ -43,6 +43,7 @@ from rich.console import Console
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.data.digits import load
+from gatl.data.manifest import MANIFEST
 from gatl.evaluation import Fit, fit_seed
 from gatl.final import _write_json
 from gatl.record import JOURNAL
@@ -55,7 +56,7 @@ DEFAULTS = {
 }
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Of the fits, after which memory is measured."""
-KEPT = {JOURNAL, "metrics.csv", "hparams.yaml"}
+KEPT = {JOURNAL, MANIFEST, "metrics.csv", "hparams.yaml"}
 SHARED_MEMORY = Path("/dev/shm")
 
 

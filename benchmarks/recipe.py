@@ -11,7 +11,6 @@ by default ``benchmarks/results/recipe.json``.
 
 import csv
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from gatl.errors import UserError
 from gatl.evaluation import FitStopped
 from gatl.final import _write_json, final_command, retrain, test
 from gatl.progress import new_console
-from gatl.record import HISTORY, original_folder
+from gatl.record import HISTORY, return_to_start
 from gatl.session import Session, opened
 
 DEFAULTS = {"run": "", "seeds": "3", "results": str(RESULTS / "recipe.json")}
@@ -58,7 +57,7 @@ def main() -> None:
         "dropout": 0.5,
     }
     recipes = {"winner": search["best"]["genes"], "plain recipe": plain}
-    os.chdir(original_folder(folder))  # the run's relative paths begin there
+    return_to_start(folder)
     fits: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -150,7 +150,7 @@ def test_the_committed_result_of_recipe_is_what_it_writes():
         ("evaluation", ["root=photos", "images=1000"], "has too few images"),
         ("search", [], "root=PATH"),
         ("driver", ["trials=99"], "trials must be at least 100, but got 99"),
-        ("driver", ["pop=60"], "pop - n_elites must be at most 50, but got 58"),
+        ("driver", ["pop=120"], "pop - n_elites must be at most 50, but got 60"),
         ("search", ["root=photos", "initial=maybe"], "initial must be yes or no, but got maybe"),
         ("transfer", ["root=photos", "only=all"], "only=all is no variant"),
         ("transfer", ["root=photos", "epochs=0"], "epochs must be a whole number"),

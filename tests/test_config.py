@@ -236,7 +236,7 @@ MESSAGES = {
         "ga.pop and ga.generations."
     ),
     ("ga.pop=500000",): (
-        "A search must have at most 1000000 trials, but got 2999990: lower budget.trials, or "
+        "A search must have at most 1000000 trials, but got 2500000: lower budget.trials, or "
         "ga.pop and ga.generations."
     ),
     (f"ga.pop={2**63}",): f"ga.pop must be below 2**63, but got {2**63}.",
