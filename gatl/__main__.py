@@ -26,6 +26,7 @@ from gatl.cli import (
     parse,
     read_command_line,
     remember,
+    require_room,
     resolve_if,
     resumed,
     split_jobs,
@@ -33,6 +34,7 @@ from gatl.cli import (
 from gatl.config import Config, checked
 from gatl.data import folder as image_folder
 from gatl.errors import UserError, printable
+from gatl.files import is_unwritable, unwritable
 from gatl.trust import word_for, words_of
 
 if TYPE_CHECKING:  # Optuna takes a while, which a typing error need not wait for
@@ -57,15 +59,16 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     # Imported here because torch takes seconds, which a typing error need not wait for.
     from gatl.final import final_command, finish
     from gatl.progress import View, format_duration, new_console
-    from gatl.record import any_complete, resume_command
+    from gatl.record import any_complete, resume_command, way_on
     from gatl.search import Ending, Search
     from gatl.session import opened
 
     console = new_console()
+    left = again  # to be remembered
     try:
         with opened(config, folder, console) as session:
             remember(folder, again)
-            again = ()
+            left = ()
             config = session.config
             n_workers = session.evaluator.n_workers
             console.print(f"Run folder: {folder}", soft_wrap=True)
@@ -98,13 +101,17 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     except KeyboardInterrupt:
         # Commands stand on lines of their own, to be copied.
         trust = word_for(config)
-        command = resume_command(folder, *trust, *again)
+        command = resume_command(folder, *trust, *left)
         console.print(f"Stopped. Go on with\n  {command}", soft_wrap=True)
         if any_complete(folder):
             command = final_command(folder, *trust)
             made = f"or make the model of what was found with\n  {command}"
             console.print(made, soft_wrap=True)
         raise
+    except OSError as error:
+        if not is_unwritable(error):
+            raise
+        raise unwritable(error, way_on(folder, *word_for(config), *again)) from error
 
 
 def _ahead(config: Config, n_images: int, n_workers: int, strategy: "Strategy") -> list[str]:
@@ -255,7 +262,7 @@ def main() -> None:
             _compare(folder)
         else:
             _check(checked(compose(words)))
-            _use_new_folder("hydra.run.dir", words, words)
+            require_room(_use_new_folder("hydra.run.dir", words, words))
             job()
 
 

@@ -36,6 +36,7 @@ from gatl import __version__
 from gatl.chromosome import KNOWN_GENES
 from gatl.config import Config, checked, resolving
 from gatl.errors import UserError, printable
+from gatl.files import is_unwritable, unwritable, write_whole, writing
 from gatl.trust import read_yaml, require_inside, require_plain, whole
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final", "cache")
@@ -173,15 +174,19 @@ def help_requested(words: Sequence[str], text: str) -> bool:
 def one_line_errors() -> Iterator[None]:
     """Print a `UserError` as one line and exit with status 1.
 
-    So too what Hydra says when a `_target_` of the configuration cannot be
-    called. With the environment variable ``HYDRA_FULL_ERROR=1`` the traceback is
+    So too that the disk is full, and what Hydra says when a `_target_` of the configuration
+    cannot be called. With the environment variable ``HYDRA_FULL_ERROR=1`` the traceback is
     shown.
     """
     try:
         yield
-    except (UserError, InstantiationException) as error:
+    except (UserError, InstantiationException, OSError) as error:
+        if isinstance(error, OSError):
+            if not is_unwritable(error):
+                raise
+            error = unwritable(error, "try again.")
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
+            raise error
         sys.stderr.write(f"gatl: {in_one_line(error)}\n")
         sys.exit(1)
 
@@ -348,9 +353,7 @@ def remember(folder: Path, overrides: Sequence[str]) -> None:
         kept.with_name("config.yaml"): config,
         kept: OmegaConf.create([*stay, *overrides]),
     }.items():
-        new = path.with_name(f".{path.name}.new")
-        OmegaConf.save(content, new)
-        new.replace(path)
+        write_whole(path, OmegaConf.to_yaml(content).encode())
 
 
 def default_folder(key: str, overrides: Sequence[str]) -> Path:
@@ -390,6 +393,28 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unmakable(path, error) from error
+
+
+def require_room(folder: Path) -> None:
+    """Look whether a new folder takes the few small files with which a run begins.
+
+    Hydra writes them, and shows a traceback where it cannot.
+
+    Raises:
+        UserError: If it does not; the folder is removed if it is empty.
+    """
+    probe = folder / ".room"
+    try:
+        with writing(folder):
+            probe.write_bytes(bytes(2**16))
+    except OSError as error:
+        if not is_unwritable(error):
+            raise
+        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise unwritable(error, "start again, or give another hydra.run.dir.") from error
+    probe.unlink()
 
 
 def _unmakable(folder: Path, error: OSError) -> UserError:

@@ -5,11 +5,13 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -21,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.synchronize import Event
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +34,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gatl.classifier import Classifier, Diverged
 from gatl.config import Config, TrainerConfig
@@ -38,6 +42,7 @@ from gatl.data.images import PreparedData
 from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
 from gatl.features import CachedPrefix, cached_prefix
+from gatl.files import is_unwritable, write_whole, writing
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
 from gatl.models.weights import LoadReport, differences, load, require_backbone
@@ -107,6 +112,35 @@ class SeededEpochs(Callback):
         torch.manual_seed(int(stream.integers(2**32)))
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole, as `write_whole` does.
+
+    Lightning's own lie in the folder for temporary files first, on another disk perhaps, and
+    reach no disk for sure.
+    """
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,  # noqa: ANN401 - the base class's type
+    ) -> None:
+        """Write a checkpoint, in a folder that may have to be made."""
+        content = io.BytesIO()  # torch hides why a file cannot be written
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(path), content.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Read a checkpoint; None if there is none, or it is damaged."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds for a damaged file
+        return None
+    return content
+
+
 @dataclass(frozen=True)
 class Fit:
     """One fit that is asked for.
@@ -115,7 +149,7 @@ class Fit:
         genes: The chromosome by name.
         epochs: The fidelity, or the rung up to which it goes.
         seed: Of its weights, order, augmentation and dropout; see `fit_seed`.
-        folder: Where its logs go. If `CHECKPOINT` lies there, it goes on from that.
+        folder: Where its logs go. If `CHECKPOINT` lies there, whole, it goes on from that.
         goes_on: Whether to leave such a checkpoint.
     """
 
@@ -270,6 +304,7 @@ def build_trainer(
         deterministic=config.trainer.deterministic,
         logger=_build_logger(config, folder),
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -317,6 +352,7 @@ class Fitter:
         Raises:
             UserError: If no fit of this run can work, for example because the
                 weights do not fit the network.
+            OSError: If the disk is full: then, too, none can.
         """
         started = time.monotonic()
         outcome = self._try(fit)
@@ -349,18 +385,15 @@ class Fitter:
                 self._device,
                 enable_checkpointing=False,
             )
-            trainer.fit(
-                classifier,
-                datamodule=build_data(self._config, self._data, fit.seed, n_parts),
-                ckpt_path=checkpoint if checkpoint.is_file() else None,
-                weights_only=True,
-            )
+            with writing(fit.folder):
+                trainer.fit(
+                    classifier,
+                    datamodule=build_data(self._config, self._data, fit.seed, n_parts),
+                    ckpt_path=checkpoint if read_checkpoint(checkpoint) else None,
+                    weights_only=True,
+                )
             if fit.goes_on:
-                part = checkpoint.with_suffix(".part")
-                trainer.save_checkpoint(part)
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())  # the record, which is to say that it is there, is too
-                part.replace(checkpoint)
+                trainer.save_checkpoint(checkpoint)
             best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
             outcome = Outcome(val_loss=best["val_loss"], val_accuracy=best["val_accuracy"])
         except UserError:
@@ -370,6 +403,8 @@ class Fitter:
         except Diverged as error:
             outcome = Outcome(error=str(error), diverged=True)
         except Exception as error:  # whatever one fit meets must not end the search
+            if is_unwritable(error):
+                raise
             fit.folder.mkdir(parents=True, exist_ok=True)
             (fit.folder / "error.txt").write_text(traceback.format_exc())
             outcome = Outcome(error=reason(error))
@@ -462,6 +497,7 @@ def _end_with_driver() -> None:
     driver = multiprocessing.parent_process()
     if driver is not None:
         driver.join()
+        shutil.rmtree(get_temp_dir(), ignore_errors=True)  # the driver's, where sockets lie
         os._exit(1)
 
 

@@ -86,16 +86,17 @@ class FeatureFiles:
         Returns:
             The array (N, ...), mapped; None if it does not fit.
         """
-        with self._locked(key, check):  # kept by the kernel until we leave, or die
-            if (found := self.find(key)) is not None:
-                return found
-            part = self.folder / f"{key}.part"  # one that a killed process left is overwritten
-            try:
-                return self._write(part, n, compute(), check)
-            except OSError:  # the disk is full
-                return None
-            finally:
-                part.unlink(missing_ok=True)
+        part = self.folder / f"{key}.part"  # one that a killed process left is overwritten
+        try:
+            with self._locked(key, check):  # kept by the kernel until we leave, or die
+                if (found := self.find(key)) is not None:
+                    return found
+                try:
+                    return self._write(part, n, compute(), check)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError:  # the disk is full
+            return None
 
     def _write(self, part: Path, n: int, pieces: Iterator[Array], check: Check) -> Array | None:
         first = next(pieces)

@@ -3,7 +3,9 @@
 ``python -m gatl.final run=FOLDER`` does this for a search that was interrupted.
 """
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -63,9 +65,11 @@ from gatl.evaluation import (
     free_memory,
     is_out_of_memory,
     micro_batch,
+    read_checkpoint,
     reason,
     resolve_precision,
 )
+from gatl.files import is_unwritable, unwritable, write_whole, writing
 from gatl.outcome import Outcome
 from gatl.progress import (
     format_count,
@@ -150,6 +154,7 @@ def finish(session: Session) -> float:
 
     Raises:
         UserError: If no trial is COMPLETE, or the final training fails.
+        OSError: If the disk is full.
         KeyboardInterrupt: If the user stopped it.
     """
     started = time.monotonic()
@@ -171,15 +176,18 @@ def finish(session: Session) -> float:
         console.print(made, soft_wrap=True)
         return best.value
     try:
-        candidates = reevaluate(session, record)
-        session.evaluator.close()
-        winner, classifier, training = _retrain_best(session, candidates)
-        figures, matrix = test(session, classifier)
+        with writing(folder / "final"):
+            candidates = reevaluate(session, record)
+            session.evaluator.close()
+            winner, classifier, training = _retrain_best(session, candidates)
+            figures, matrix = test(session, classifier)
     except (FitStopped, SystemExit):  # Lightning makes a SystemExit of a KeyboardInterrupt
         raise KeyboardInterrupt from None
     except UserError:
         raise
     except Exception as error:
+        if is_unwritable(error):
+            raise
         (folder / "final" / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise UserError(
             f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
@@ -220,8 +228,7 @@ def finish(session: Session) -> float:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     # Copied, not moved: whoever is killed before all is written finds what the training left.
-    shutil.copyfile(_fit_folder(session, winner) / "best.ckpt", folder / ".best.ckpt.new")
-    (folder / ".best.ckpt.new").replace(folder / "best.ckpt")
+    write_whole(folder / "best.ckpt", (_fit_folder(session, winner) / "best.ckpt").read_bytes())
     _write_json(folder / "result.json", result)
     for candidate in candidates:  # the logs stay
         for name in ("best.ckpt", "last.ckpt", "training.json"):
@@ -464,15 +471,14 @@ def _begun(
     If there is none, the folder is made empty: what lies there is another training's.
     """
     last, kept = folder / "last.ckpt", folder / "training.json"
-    try:
-        if json.loads(kept.read_text(encoding="utf-8")) == settings:
-            content = torch.load(last, map_location="cpu", weights_only=True)
+    content, best = read_checkpoint(last), read_checkpoint(folder / "best.ckpt")
+    with contextlib.suppress(Exception):  # nothing is there yet, or it is damaged
+        if content and best and json.loads(kept.read_text(encoding="utf-8")) == settings:
             curve, states = content["epochs"], content.get("callbacks", {})
-            begun = len(curve) <= max_epochs and (folder / "best.ckpt").is_file()
-            if begun and _names_own_files(states, folder):
+            # Whoever was killed between the two left a best one that is an epoch ahead.
+            in_step = len(best["epochs"]) in (_best_epoch(curve) + 1, len(curve) + 1)
+            if len(curve) <= max_epochs and in_step and _names_own_files(states, folder):
                 return last, curve
-    except Exception:  # nothing is there yet, or it is damaged: torch raises many kinds for that
-        pass
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_json(kept, settings)
@@ -653,19 +659,15 @@ def _hardware() -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=2, default=float) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, (json.dumps(content, indent=2, default=float) + "\n").encode())
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     # A file's name need not be text: its bytes stay what they are.
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
 
 
 def main() -> None:
@@ -698,6 +700,11 @@ def main() -> None:
             command = final_command(folder, *word_for(config))
             console.print(f"Stopped. Go on with\n  {command}", soft_wrap=True)
             raise
+        except OSError as error:
+            if not is_unwritable(error):
+                raise
+            command = final_command(folder, *overrides, *word_for(config))
+            raise unwritable(error, f"go on with {command}") from error
 
 
 if __name__ == "__main__":

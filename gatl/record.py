@@ -9,10 +9,12 @@ import csv
 import fcntl
 import io
 import itertools
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -23,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Value
 from gatl.errors import UserError
+from gatl.files import writing
 from gatl.outcome import Outcome, fitness
 from gatl.trust import read_yaml, whole
 
@@ -59,6 +62,13 @@ def resume_command(folder: Path, *overrides: str) -> str:
     return shlex.join(["python", "-m", "gatl", f"resume={folder}", *overrides])
 
 
+def way_on(folder: Path, *overrides: str) -> str:
+    """Say how to go on with a run; one that has no record yet begins anew."""
+    if not (folder / JOURNAL).exists():
+        return "start the run again."
+    return f"go on with {resume_command(folder, *overrides)}"
+
+
 def return_to_start(folder: Path) -> None:
     """Go where a run was started, because its relative paths begin there.
 
@@ -79,7 +89,7 @@ def _mend(journal: Path) -> None:
     """Remove a dead driver's journal lock and cut off a torn last line.
 
     A torn line can still be read past, but the next write would fuse with it,
-    and then the journal no longer opens.
+    and then the journal no longer opens. A power cut can keep a line's end and lose its middle.
     """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     if not journal.exists():
@@ -87,10 +97,36 @@ def _mend(journal: Path) -> None:
     with journal.open("r+b") as file:
         content = file.read()
         end = content.rfind(b"\n") + 1
+        last = content.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        if not _is_json(content[last:end]):
+            end = last
         if end < len(content):
             file.truncate(end)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, of which a write that fails leaves nothing, so that others can follow."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write lines, and wait until they are on the disk."""
+        path = Path(self._file_path)
+        end = path.stat().st_size
+        with writing(path):
+            try:
+                super().append_logs(logs)
+            except OSError:
+                os.truncate(path, end)
+                raise
 
 
 def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
@@ -107,7 +143,7 @@ def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Stu
     journal = folder / JOURNAL
     _mend(journal)
     with whole(journal):
-        storage = JournalStorage(JournalFileBackend(str(journal)))
+        storage = JournalStorage(_Journal(str(journal)))
         study = optuna.create_study(
             storage=storage,
             study_name="gatl",
@@ -237,7 +273,7 @@ def any_complete(folder: Path) -> bool:
     if not history.is_file():
         return False
     with history.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return any(row["state"] == TrialState.COMPLETE.name for row in csv.DictReader(file))
+        return any(row.get("state") == TrialState.COMPLETE.name for row in csv.DictReader(file))
 
 
 class History:
@@ -256,7 +292,8 @@ class History:
         self._genes = tuple(genes)
         self._rows = 0  # trials 0 ... n - 1 have their rows for good
         self._end = 0  # of those rows, in bytes
-        self._path.write_bytes(b"")
+        with writing(self._path):
+            self._path.write_bytes(b"")
         self._end = self._write([self.columns])
 
     @property
@@ -310,7 +347,7 @@ class History:
         """Write rows behind those that stay; return where they end."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        with self._path.open("r+b") as file:
+        with writing(self._path), self._path.open("r+b") as file:
             file.seek(self._end)
             file.write(text.getvalue().encode(errors="surrogateescape"))
             return file.tell()

@@ -33,6 +33,7 @@ from gatl.evaluation import (
     silence,
 )
 from gatl.features import is_shared, why_off
+from gatl.files import sync, writing
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
 from gatl.progress import decoding
@@ -105,7 +106,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 shutil.rmtree(scratch, ignore_errors=True)
             source = instantiate(config.data.source)
             images.mkdir()
-            with decoding(console) as progress:
+            with decoding(console) as progress, writing(images):
                 data = prepare(
                     source,
                     image_size=config.data.image_size,
@@ -122,6 +123,9 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
             data = _with_features(config, data, network, report, features, console)
             study = open_study(folder, strategy)
+            # The configuration is Hydra's, which does not wait for the disk; no record without it.
+            for path in (*folder.glob(".hydra/*"), *folder.glob(".hydra"), folder):
+                sync(path)
             with whole(folder / JOURNAL):
                 require_genes(study, strategy.distributions())
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()

@@ -221,12 +221,13 @@ def decode_split(
         images: Images = Streamed(_spilled(split.images, path), image_size, interpolation)
     else:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-            array = _new_file(Path(folder, "all.npy"), len(split), image_size)
+            shape = (len(split), image_size, image_size, 3)
+            array = _new_file(Path(folder, "all.npy"), shape)
             digests, bad = _decode_each(split.images, decode, array, progress)
             if bad:
                 kept = _kept(split, bad)
                 split = split.subset(kept)
-                fewer = _new_file(Path(folder, "kept.npy"), len(split), image_size)
+                fewer = _new_file(Path(folder, "kept.npy"), (len(split), *shape[1:]))
                 for new, old in enumerate(kept):
                     fewer[new] = array[old]
                 array = fewer
@@ -381,9 +382,20 @@ def _kept(split: Split, bad: Collection[int]) -> npt.NDArray[np.intp]:
     return np.setdiff1d(np.arange(len(split)), list(bad))
 
 
-def _new_file(path: Path, n_images: int, size: int) -> np.memmap[Any, np.dtype[np.uint8]]:
-    shape = (n_images, size, size, 3)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+def _new_file(
+    path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike = np.uint8
+) -> np.memmap[Any, Any]:
+    """Make an array in a file.
+
+    Raises:
+        OSError: If there is no room for it.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    # Without room of its own, writing to it would be a signal that kills, once the disk is full.
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _spilled(images: Sequence[ImageLike], path: Path) -> Sequence[ImageLike] | Decoded:
@@ -391,7 +403,8 @@ def _spilled(images: Sequence[ImageLike], path: Path) -> Sequence[ImageLike] | D
     arrays = [image for image in images if isinstance(image, np.ndarray)]
     if len(arrays) < len(images) or len({array.shape for array in arrays}) != 1:
         return images
-    np.save(path, np.stack(arrays))
+    stacked = np.stack(arrays)
+    _new_file(path, stacked.shape, stacked.dtype)[:] = stacked
     return Decoded(path)
 
 

@@ -1,0 +1,66 @@
+"""Files that are there whole or not at all, and what a full disk says."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from gatl.errors import UserError
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Whether an error says that the disk takes no more: it is full, or a limit is reached."""
+    return isinstance(error, OSError) and error.errno in _UNWRITABLE
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let the error of a write, which names no file, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if is_unwritable(error) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def unwritable(error: OSError, way_on: str) -> UserError:
+    """Return what the user reads when the disk takes no more.
+
+    Args:
+        error: See `is_unwritable`.
+        way_on: What to do when there is room again.
+    """
+    what = f"{error.filename} cannot be written" if error.filename else "Nothing can be written"
+    return UserError(f"{what} ({error.strerror}): make room, then {way_on}")
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that has its name only when it is on the disk: no kill, no power cut tears it.
+
+    Raises:
+        OSError: If it cannot be written; what has the name stays as it was.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
