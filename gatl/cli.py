@@ -275,8 +275,18 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
 
 def resumed(folder: Path, overrides: Sequence[str], trusted: Collection[str]) -> Config:
     """Return the checked configuration of a run that goes on, see `compose_resumed`."""
-    with whole(_config_of(folder)):
-        return checked(compose_resumed(folder, overrides, trusted))
+    path = _config_of(folder)
+    with whole(path):
+        try:
+            config = checked(compose_resumed(folder, [], trusted))
+        except UserError as error:
+            if str(folder) in str(error):
+                raise
+            raise UserError(
+                f"{path} is damaged, or another version's ({str(error).rstrip('.')}): restore it "
+                "from a copy, or begin a new run."
+            ) from error
+        return checked(compose_resumed(folder, overrides, trusted)) if overrides else config
 
 
 def compose_resumed(

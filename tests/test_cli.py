@@ -27,6 +27,7 @@ from gatl.cli import (
     read_command_line,
     remember,
     resolve_if,
+    resumed,
     split_jobs,
 )
 from gatl.config import checked
@@ -215,8 +216,8 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_resumed_configuration_is_the_runs_own(run_folder):
-    resumed = checked(compose_resumed(run_folder, []))
-    assert resumed == checked(compose(["experiment=quickstart", "seed=7", "final.seeds=1"]))
+    config = checked(compose_resumed(run_folder, []))
+    assert config == checked(compose(["experiment=quickstart", "seed=7", "final.seeds=1"]))
 
 
 def test_budget_evaluator_logger_and_final_may_change_on_resume(run_folder):
@@ -303,6 +304,21 @@ def test_folder_that_is_no_run(tmp_path, content, message):
         checked(compose_resumed(tmp_path, []))
     assert str(tmp_path) in str(raised.value)
     assert message in str(raised.value)
+
+
+def test_a_configuration_cut_off_anywhere_is_one_line_that_names_it(run_folder):
+    path = run_folder / ".hydra" / "config.yaml"
+    content, config = path.read_bytes(), resumed(run_folder, [], [])
+    ends = [i + 1 for i, letter in enumerate(content) if letter == ord("\n")]
+    cuts = {0, 1, *ends[:-1:20], ends[-2], len(content) - 4, *range(37, len(content), 331)}
+    for cut in cuts:
+        path.write_bytes(content[:cut])
+        with pytest.raises(UserError) as raised:
+            resumed(run_folder, [], [])
+        assert str(path) in str(raised.value)
+        assert "\n" not in str(raised.value)
+    path.write_bytes(content[:-1])
+    assert resumed(run_folder, [], []) == config
 
 
 def test_user_error_is_one_line_and_status_1(capsys, monkeypatch):

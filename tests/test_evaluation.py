@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -217,6 +218,40 @@ def test_checkpoint_that_is_already_there_is_not_trained_again(fitter, tmp_path)
     waiting = dataclasses.replace(fit(tmp_path / "fit", epochs=2), goes_on=True)
     assert same(fitter(waiting)) == same(fitter(waiting))
     assert same(fitter(fit(tmp_path / "fit", epochs=3))) == same(fitter(fit(tmp_path, epochs=3)))
+
+
+def torn(content: bytes) -> list[bytes]:
+    """Return what a power cut can leave of a file."""
+    half = len(content) // 2
+    return [b"", content[:-1], content[:half], content[:half] + bytes(half), bytes(len(content))]
+
+
+def test_from_a_torn_checkpoint_a_fit_begins_anew(fitter, tmp_path):
+    expected = fitter(fit(tmp_path / "whole", epochs=3))
+    checkpoint = tmp_path / "fit" / evaluation.CHECKPOINT
+    fitter(dataclasses.replace(fit(tmp_path / "fit", epochs=2), goes_on=True))
+    for content in torn(checkpoint.read_bytes()):
+        checkpoint.write_bytes(content)
+        assert same(fitter(fit(tmp_path / "fit", epochs=3))) == same(expected)
+        assert (tmp_path / "fit" / "metrics.csv").read_text() == (
+            tmp_path / "whole" / "metrics.csv"
+        ).read_text()
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_full_disk_is_no_fault_of_a_fit(fitter, tmp_path, goes_on):
+    """It would fail, and count, although any fit would: the run ends, and leaves it for resume."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = 1000 if goes_on else 10  # the checkpoint does not fit; the log does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            fitter(dataclasses.replace(fit(tmp_path / "fit"), goes_on=goes_on))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    named = tmp_path / "fit" / (evaluation.CHECKPOINT if goes_on else "")
+    assert raised.value.filename == str(named)
+    assert not (tmp_path / "fit" / "error.txt").exists()
 
 
 def test_frozen_and_total_parameters(fitter, tmp_path):

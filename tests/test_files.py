@@ -156,7 +156,7 @@ def test_a_run_does_not_begin_where_nothing_fits(tmp_path, at_most, capsys):
     require_room(folder)
     assert list(folder.iterdir()) == []
     at_most(1000)
-    with pytest.raises(UserError, match="run cannot be written .*: make room, then start again"):
+    with pytest.raises(UserError, match=r"run cannot be written .*: make room, then start again"):
         require_room(folder)
     assert not folder.exists()
 

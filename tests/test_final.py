@@ -440,7 +440,7 @@ def test_when_all_diverge_one_line_says_so(tmp_path, data, monkeypatch):
     ("error", "said"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory: lower data.batch_size"),
-        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error"),
     ],
 )
 def test_any_other_error_is_one_line_and_a_file(tmp_path, data, monkeypatch, error, said):
@@ -501,6 +501,14 @@ def test_a_re_evaluation_that_was_killed_has_failed_and_the_others_count(tmp_pat
     assert best.mean == np.inf
     assert [other.mean for other in others] == [0.5, 0.5]
     assert "re-evaluation of 1_0: killed after evaluator.timeout=1m" in printed(session)
+
+
+def test_a_full_disk_in_the_final_training_is_the_disks_fault(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(Classifier, "training_step", raising(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left") as raised:
+        finish(session_in(tmp_path, data))
+    assert raised.value.filename == str(tmp_path / "final")
+    assert not (tmp_path / "final" / "error.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -589,9 +597,9 @@ def test_what_a_training_goes_on_from(tmp_path):
     folder, begun = tmp_path / "fit", {"genes": {"dropout": 0.5}, "patience": 2}
     curve = [{"val_loss": 0.5}, {"val_loss": 0.4}]
 
-    def leave():
+    def leave(n_best=2):
         torch.save({"epochs": curve}, folder / "last.ckpt")
-        (folder / "best.ckpt").touch()
+        torch.save({"epochs": [*curve, {"val_loss": 0.3}][:n_best]}, folder / "best.ckpt")
 
     assert final._begun(folder, begun, 3) == (None, [])
     leave()
@@ -599,12 +607,23 @@ def test_what_a_training_goes_on_from(tmp_path):
         assert final._begun(folder, begun, max_epochs) == (folder / "last.ckpt", curve)
     assert final._begun(folder, begun, 1) == (None, [])  # it is beyond its end
     assert not (folder / "last.ckpt").exists()
-    leave()
-    (folder / "last.ckpt").write_bytes(b"torn")
+    leave(3)  # it was killed between the two: the third epoch comes again
+    assert final._begun(folder, begun, 3) == (folder / "last.ckpt", curve)
+    leave(1)  # a power cut left the one before
     assert final._begun(folder, begun, 3) == (None, [])
-    leave()
-    (folder / "best.ckpt").unlink()
-    assert final._begun(folder, begun, 3) == (None, [])
+    for name in ("last.ckpt", "best.ckpt", "training.json"):
+        leave()
+        content = (folder / name).read_bytes()
+        for n in (0, 1, len(content) // 2, len(content) - 1):
+            leave()
+            (folder / name).write_bytes(content[:n] + bytes(n == 1))
+            whole = name == "training.json" and n == len(content) - 1  # but for the line's end
+            assert final._begun(folder, begun, 3) == (
+                (folder / "last.ckpt", curve) if whole else (None, [])
+            )
+        leave()
+        (folder / name).unlink()
+        assert final._begun(folder, begun, 3) == (None, [])
     leave()
     assert final._begun(folder, begun | {"patience": 3}, 3) == (None, [])
     assert not (folder / "last.ckpt").exists()

@@ -1,4 +1,4 @@
-"""Killed at any moment, a search is the one that was never killed: real processes, real kills."""
+"""Killed at any moment, or without room on the disk, it is the same search: real processes."""
 
 import collections
 import contextlib
@@ -7,9 +7,12 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,7 +78,7 @@ MOMENTS = (
     ("result.json", 1),
 )
 VICTIMS = ("driver", "worker", "both", "group")
-KILLS = 8
+KILLS = 6
 """Planned for each search; a moment that is over when its turn comes kills nobody."""
 
 
@@ -85,15 +88,17 @@ class Run:
 
     folder: Path
     words: tuple[str, ...]
+    temporary: Path  # where its processes put temporary files
     kills: list[tuple[str, str]] = field(default_factory=list)  # phase and victim
 
+    def __post_init__(self) -> None:
+        self.log_path = self.folder.with_suffix(".log")
+
     def start(self) -> subprocess.Popen[bytes]:
-        resumable = (self.folder / ".hydra" / "config.yaml").exists()
-        words = [f"resume={self.folder}"] if resumable else [*self.words]
-        temporary = self.folder.with_suffix(".tmp")
-        temporary.mkdir(exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
-        with self.folder.with_suffix(".log").open("ab") as log:
+        begun = (self.folder / "study.journal").exists()
+        words = [f"resume={self.folder}"] if begun else [*self.words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
+        with self.log_path.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "gatl", *words],
                 cwd=self.folder.parent,
@@ -105,7 +110,7 @@ class Run:
 
     @property
     def log(self) -> str:
-        return self.folder.with_suffix(".log").read_text()
+        return self.log_path.read_text()
 
     @property
     def phase(self) -> str:
@@ -136,33 +141,30 @@ class Run:
 
     def kill(self, process, victim: str) -> bool:
         """Kill, and see that nothing goes on when the driver is dead; False if nobody was there."""
-        driver = psutil.Process(process.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            workers = [w for server in driver.children() for w in server.children()]
-            if victim == "worker" and not workers:
-                return False
-            shared = {m.path for m in driver.memory_maps() if m.path.startswith("/dev/shm/")}
-            self.kills.append((self.phase, victim))
+        try:
+            driver = psutil.Process(process.pid)
+            workers = [worker for server in driver.children() for worker in server.children()]
+            shared = [m.path for m in driver.memory_maps() if m.path.startswith("/dev/shm/")]
+            phase = self.phase
             if victim == "group":
                 os.killpg(process.pid, signal.SIGKILL)
-            else:
-                for victims, names in ((workers[:1], ("worker", "both")), ([driver], ("driver",))):
-                    if victim in names:
-                        for one in victims:
-                            one.kill()
-                if victim == "both":
-                    driver.kill()
-            if victim == "worker":
-                return True
-            process.wait()
-            deadline = time.monotonic() + 60
-            while group_lives(process.pid) or (
-                victim != "group" and any(Path(path).exists() for path in shared)
-            ):
-                assert time.monotonic() < deadline, "something outlives the driver"
-                time.sleep(0.01)
+            if victim in ("worker", "both"):
+                workers[0].kill()
+            if victim in ("driver", "both"):
+                driver.kill()
+        except (psutil.NoSuchProcess, IndexError):
+            return False
+        self.kills.append((phase, victim))
+        if victim == "worker":
             return True
-        return False
+        process.wait()
+        if victim == "group":  # nobody is left to remove semaphores, of 32 bytes each
+            shared = []
+        deadline = time.monotonic() + 60
+        while group_lives(process.pid) or any(map(os.path.exists, shared)):
+            assert time.monotonic() < deadline, "something outlives the driver"
+            time.sleep(0.01)
+        return True
 
     def finish(self) -> None:
         process = self.start()
@@ -177,8 +179,9 @@ def group_lives(pid: int) -> bool:
     return True
 
 
-def killed_again_and_again(run: Run, rng: random.Random) -> None:
+def killed_again_and_again(run: Run, seed: str) -> None:
     """Let a search begin and go on, and kill it each time at another moment, to its end."""
+    rng = random.Random(seed)
     process, lost_worker = run.start(), False
     for pattern, times in sorted(rng.sample(MOMENTS, KILLS), key=MOMENTS.index):
         if not run.reaches(process, pattern, rng.randint(1, times)):
@@ -228,34 +231,134 @@ def photos(tmp_path_factory):
     return root
 
 
-def test_killed_at_any_moment_it_is_the_same_search(tmp_path, photos, capsys):
-    def make(name: str, workers: int) -> Run:
-        folder = tmp_path / f"{name}-{workers}"
-        words = (*COMMON, *SEARCHES[name], f"data.root={photos}", f"evaluator.workers={workers}")
-        return Run(folder, (*words, f"hydra.run.dir={folder}"))
+@pytest.fixture
+def runs(tmp_path, photos):
+    """From the name of a search, workers and a word to a run of it."""
+    with contextlib.ExitStack() as stack:
 
-    def search(name: str, workers: int) -> Run:
-        run = make(name, workers)
-        if workers:
-            killed_again_and_again(run, random.Random(f"{name} {workers}"))
-        return run
+        def make(name: str, workers: int, word: str) -> Run:
+            # A short path: the fork server's socket lies there.
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="gatl-"))
+            folder = tmp_path / f"{name}-{word}-{workers}"
+            words = (*COMMON, *SEARCHES[name], f"data.root={photos}")
+            words = (*words, f"evaluator.workers={workers}", f"hydra.run.dir={folder}")
+            return Run(folder, words, Path(temporary))
 
+        yield make
+
+
+def test_killed_at_any_moment_it_is_the_same_search(runs, capsys):
     started = time.monotonic()
-    whole = {name: make(f"{name}", 1) for name in SEARCHES}
-    for name, run in whole.items():
-        run.folder = tmp_path / f"{name}-whole"
-        run.words = (*run.words[:-1], f"hydra.run.dir={run.folder}")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(Run.finish, whole.values()))
-        runs = list(pool.map(lambda case: search(*case), itertools.product(SEARCHES, (1, 2))))
-    expected = {name: result(run.folder) for name, run in whole.items()}
-    kills = [kill for run in runs for kill in run.kills]
-    for run, (name, _) in zip(runs, itertools.product(SEARCHES, (1, 2)), strict=True):
-        found = result(run.folder)
-        for key in found:
-            assert found[key] == expected[name][key], (run.folder.name, key)
+    cases = list(itertools.product(SEARCHES, (1, 2)))
+    killed = [runs(name, workers, "killed") for name, workers in cases]
+    whole = {name: runs(name, 1, "whole") for name in SEARCHES}
+    with ThreadPoolExecutor(2) as pool:  # two at a time, for two cores
+        ends = [pool.submit(run.finish) for run in whole.values()]
+        ends += [pool.submit(killed_again_and_again, run, run.folder.name) for run in killed]
+        for end in ends:
+            end.result()
+    for (name, _), run in zip(cases, killed, strict=True):
+        expected, found = result(whole[name].folder), result(run.folder)
+        for key in expected:
+            assert found[key] == expected[key], (run.folder, key)
+    kills = [kill for run in killed for kill in run.kills]
+    seconds = time.monotonic() - started
     with capsys.disabled():
-        phases = collections.Counter(phase for phase, _ in kills)
-        victims = collections.Counter(victim for _, victim in kills)
-        print(f"\n{len(kills)} kills in {time.monotonic() - started:.0f} s: {phases} {victims}")
+        print(f"\n{len(kills)} kills in {seconds:.0f} s; {len(killed)} searches, each the same as")
+        print(f"one of {len(whole)} that were never killed. {count(kills, 0)}; {count(kills, 1)}.")
     assert len(kills) >= 20
+
+
+def count(kills: list[tuple[str, str]], part: int) -> str:
+    counted = collections.Counter(kill[part] for kill in kills)
+    return ", ".join(f"{name} {n}" for name, n in counted.most_common())
+
+
+FULL_AT = (
+    (".images/*.npy", 1),
+    ("study.journal", 4),
+    ("history.csv", 3),
+    ("trials/*/rung.ckpt", 2),
+    ("final/reevaluation.json", 1),
+    ("final/fit/*/last.ckpt", 2),
+    ("final/predictions.csv", 1),
+)
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory):
+    """A disk of 32 MB."""
+    disk = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount")
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted: {done.stderr}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all room of a disk."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+@pytest.fixture(scope="module")
+def unhindered(tmp_path_factory, photos):
+    """What a search finds that always has room."""
+    run = on_disk(tmp_path_factory.mktemp("roomy"), photos)
+    run.finish()
+    return result(run.folder)
+
+
+def on_disk(disk: Path, photos: Path) -> Run:
+    """Return a run whose folder is on a disk; without a cache, which a fit does without."""
+    folder = disk / "run"
+    words = ("ga.pop=5", "ga.generations=2", "ga.n_elites=1", "model=lenet5")
+    words = (*COMMON, *words, f"data.root={photos}", "evaluator.workers=2")
+    return Run(folder, (*words, f"hydra.run.dir={folder}"), Path(tempfile.gettempdir()))
+
+
+@pytest.mark.parametrize(("pattern", "times"), FULL_AT)
+def test_a_full_disk_is_one_line_and_the_search_goes_on_when_there_is_room(
+    tmp_path, photos, small_disk, unhindered, pattern, times
+):
+    run = on_disk(small_disk, photos)
+    run.log_path = tmp_path / "log"
+    process = run.start()
+    assert run.reaches(process, pattern, times), run.log
+    ballast = fill(small_disk)
+    assert process.wait(timeout=300) == 1, run.log
+    way_on = f"go on with python -m gatl resume={run.folder}"
+    if not (run.folder / "study.journal").exists():
+        way_on = r"start the run again\."
+    *_, last = run.log.splitlines()
+    full = r"cannot be written \(No space left on device\): make room, then"
+    assert re.fullmatch(rf"gatl: {run.folder}\S* {full} {way_on}", last), run.log
+    assert "Traceback" not in run.log
+    for line in lines(run.folder / "study.journal"):
+        json.loads(line)
+    ballast.unlink()
+    run.finish()
+    assert result(run.folder) == unhindered
+    shutil.rmtree(run.folder)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_on_a_disk_without_any_room_no_run_begins(tmp_path, photos, small_disk):
+    ballast = fill(small_disk)
+    run = on_disk(small_disk, photos)
+    run.log_path = tmp_path / "log"
+    assert run.start().wait(timeout=300) == 1
+    assert re.fullmatch(r"gatl: \S*run cannot be \S+ \(?No space left on device.*\n", run.log)
+    assert not run.folder.exists()
+    ballast.unlink()

@@ -16,6 +16,7 @@ from gatl.errors import UserError
 from gatl.outcome import Outcome
 from gatl.record import (
     History,
+    _mend,
     begin,
     held,
     open_study,
@@ -93,6 +94,39 @@ def test_a_torn_last_line_and_a_stale_lock_are_mended(tmp_path: Path, torn: byte
     again.ask(SPACE)
     tell(again, 1, Outcome(val_loss=0.25))
     assert [trial.value for trial in study_in(tmp_path).get_trials()] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("torn", [lambda line, k: line[:k], lambda line, k: zeroed(line, k)])
+def test_torn_at_any_byte_the_last_line_is_as_if_it_had_not_been_written(tmp_path: Path, torn):
+    """By a kill; or by a power cut, which may keep the length of a line and lose its content."""
+    study = study_in(tmp_path)
+    begin(study, {"learning_rate": 0.5}, SPACE)
+    journal = tmp_path / "study.journal"
+    before = journal.read_bytes()
+    begin(study, {"learning_rate": 0.25}, SPACE)
+    line = journal.read_bytes()[len(before) :]
+    assert line.count(b"\n") == 1
+    for k in range(len(line) - 1):
+        journal.write_bytes(before + torn(line, k))
+        _mend(journal)
+        assert journal.read_bytes() == before
+    journal.write_bytes(before + torn(line, len(line) // 2))
+    again = study_in(tmp_path)
+    tell(again, 0, Outcome(val_loss=0.5))
+    assert [trial.value for trial in study_in(tmp_path).trials] == [0.5]
+
+
+def zeroed(line: bytes, k: int) -> bytes:
+    return line[:k] + bytes(len(line) - k - 1) + b"\n"
+
+
+def test_a_whole_last_line_stays(tmp_path: Path) -> None:
+    study_in(tmp_path)
+    journal = tmp_path / "study.journal"
+    for content in (b"", b'{"a":1}\n', journal.read_bytes()):
+        journal.write_bytes(content)
+        _mend(journal)
+        assert journal.read_bytes() == content
 
 
 def test_a_torn_only_line_is_an_empty_study(tmp_path: Path) -> None:
