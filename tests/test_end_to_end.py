@@ -182,7 +182,7 @@ def test_a_run_leaves_what_the_contract_names(once):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, photos):
     """A run of two workers that was killed, in a folder whose name needs quotes."""
-    cwd = tmp_path_factory.mktemp("killed")
+    cwd, temporary = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("t")
     folder = cwd / "a run = 1"
     process = start(
         *OVERRIDES,
@@ -190,6 +190,7 @@ def killed(tmp_path_factory, photos):
         "evaluator.workers=2",
         f'hydra.run.dir="{folder}"',
         cwd=cwd,
+        TMPDIR=str(temporary),
     )
     until(lambda: n_rows(folder) >= 2, process)
     process.kill()
@@ -202,6 +203,7 @@ def killed(tmp_path_factory, photos):
             break
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert list(temporary.glob("pymp-*")) == []
     assert n_rows(folder) < N_TRIALS
     return folder
 

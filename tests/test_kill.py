@@ -61,11 +61,7 @@ MOMENTS = (
     ("trials/*", 5),
     ("trials/*/metrics.csv", 5),
     ("history.csv", 5),
-    (".features/*.part", 2),
-    (".features/*.npy", 2),
-    ("trials/*/.rung.ckpt.part", 3),
-    ("trials/*/rung.ckpt", 4),
-    ("study.journal", 20),
+    ("study.journal", 15),
     ("final/reevaluation.json", 3),
     ("final/fit/*/training.json", 1),
     ("final/fit/*/.last.ckpt.part", 3),
@@ -77,9 +73,17 @@ MOMENTS = (
     (".result.json.part", 1),
     ("result.json", 1),
 )
+WITH_RUNGS_AND_CACHE = (
+    *MOMENTS[:8],
+    (".features/*.part", 2),
+    (".features/*.npy", 2),
+    ("trials/*/.rung.ckpt.part", 3),
+    ("trials/*/rung.ckpt", 4),
+    *MOMENTS[8:],
+)
 VICTIMS = ("driver", "worker", "both", "group")
-KILLS = 6
-"""Planned for each search; a moment that is over when its turn comes kills nobody."""
+KILLS = 5
+"""Planned for each search; a moment in which no victim is there kills nobody."""
 
 
 @dataclass
@@ -131,12 +135,12 @@ class Run:
         """Wait until files have changed so often; False if the run ends before."""
         seen = self.changes(pattern)
         while process.poll() is None:
+            time.sleep(0.002)
             new = self.changes(pattern) - seen
             times -= len(new)
             if times <= 0:
                 return True
             seen |= new
-            time.sleep(0.0005)
         return False
 
     def kill(self, process, victim: str) -> bool:
@@ -182,21 +186,18 @@ def group_lives(pid: int) -> bool:
 def killed_again_and_again(run: Run, seed: str) -> None:
     """Let a search begin and go on, and kill it each time at another moment, to its end."""
     rng = random.Random(seed)
-    process, lost_worker = run.start(), False
-    for pattern, times in sorted(rng.sample(MOMENTS, KILLS), key=MOMENTS.index):
+    moments = WITH_RUNGS_AND_CACHE if seed.startswith("genetic") else MOMENTS
+    process, victim = run.start(), ""
+    for pattern, times in sorted(rng.sample(moments, KILLS), key=moments.index):
         if not run.reaches(process, pattern, rng.randint(1, times)):
-            process = run.start()  # it had come to its end; what is left to do?
-            continue
+            break  # it has come to its end
         time.sleep(rng.choice((0, 0, rng.uniform(0, 0.5))))
         # A fit that loses its worker twice fails, as it should: one a session.
-        victim = rng.choice([v for v in VICTIMS if not (lost_worker and v == "worker")])
-        if not run.kill(process, victim):
-            continue
-        lost_worker = victim == "worker"
-        if victim != "worker":
+        victim = rng.choice([v for v in VICTIMS if (victim, v) != ("worker", "worker")])
+        if run.kill(process, victim) and victim != "worker":
             process = run.start()
     assert process.wait(timeout=300) == 0, run.log[-3000:]
-    run.finish()
+    run.finish()  # nothing is left to do
 
 
 def result(folder: Path) -> dict[str, object]:
@@ -207,12 +208,16 @@ def result(folder: Path) -> dict[str, object]:
     del found["final"]["seconds"]
     logs = {path.parent.name: path.read_text() for path in folder.glob("trials/*/metrics.csv")}
     weights = torch.load(folder / "best.ckpt", weights_only=True)["state_dict"]
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    # Killed after the result, it leaves what it would have tidied up.
+    files = {name for name in files if not name.startswith("final/fit/")}
     return {
         "history": rows,
         **{key: found[key] for key in ("best", "test", "final", "reevaluation", "trials")},
         "predictions": (folder / "final" / "predictions.csv").read_text(),
         "curve": (folder / "final" / "learning_curve.csv").read_text(),
         "logs": logs,
+        "files": files,
         "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
     }
 
