@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 from optuna.trial import TrialState
 from PIL import Image
+from sklearn.ensemble import GradientBoostingRegressor
 
 from gatl.cli import compose, one_line_errors
 from gatl.config import checked
@@ -194,6 +195,18 @@ def test_tuning_takes_levels_that_gatl_takes():
         assert len(set(levels)) == len(levels)
         for level in levels:
             checked(compose([*tuning.words(start), f"{name}={level}"]))
+
+
+def test_trees_foretell_what_those_of_scikit_learn_do(bowl):
+    simulator, data, _ = bowl
+    genes, losses = data.means(data.losses)
+    x = simulator.features(genes)
+    rng = np.random.default_rng(0)
+    others = rng.uniform(x.min(0) - 0.1, x.max(0) + 0.1, (1500, x.shape[1]))  # two batches
+    settings = {"n_estimators": 300, "learning_rate": 0.05, "max_depth": 4, "subsample": 0.7}
+    theirs = [GradientBoostingRegressor(**settings, random_state=0).fit(x, y) for y in losses.T]
+    found = simulator.Trees(x, losses).predict(others)
+    np.testing.assert_allclose(found, np.column_stack([t.predict(others) for t in theirs]))
 
 
 def test_the_simulator_foretells_what_it_was_not_shown(bowl):
