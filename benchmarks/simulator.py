@@ -58,6 +58,7 @@ GENES = ("included_layers", "frozen_layers", "learning_rate", "dropout")
 N_LAYERS = 58
 """Layers of the DenseNets; a landscape is of one of them."""
 NEAR = (0.02, 0.05, 0.1)
+FEW = 16
 SHRINKAGE = 0.05
 """Of the boosted trees."""
 BANDWIDTH = 0.5
@@ -136,20 +137,15 @@ def stacked(rows: Sequence[NDArray[Any]], width: int) -> NDArray[Any]:
     return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
-def batched(x: NDArray[Any]) -> list[NDArray[Any]]:
-    """Split rows, so that 1,024 at most are foretold at once."""
-    return np.array_split(x, max(1, -(-len(x) // 1024)))
-
-
 class Trees:
     """Gradient-boosted trees (Friedman 2001), some for each column of values.
 
     A search asks for one chromosome at a time, of which scikit-learn spends nearly all time on
-    checks; so all trees are walked at once, in arrays of (trees, nodes).
+    checks; so of a few, all trees are walked at once, in arrays of (trees, nodes).
     """
 
     def __init__(self, x: Array, y: Array) -> None:
-        columns = [
+        self._columns = columns = [
             GradientBoostingRegressor(
                 n_estimators=300,
                 learning_rate=SHRINKAGE,
@@ -177,10 +173,9 @@ class Trees:
 
     def predict(self, x: Array) -> Array:
         """Foretell values, (n, columns)."""
-        return np.concatenate([self._predict(rows) for rows in batched(x.astype(np.float32))])
-
-    def _predict(self, x: NDArray[np.float32]) -> Array:
-        """Foretell values of a few rows."""
+        if len(x) > FEW:
+            return np.column_stack([column.predict(x) for column in self._columns])
+        x = x.astype(np.float32)  # as scikit-learn does
         trees, row = np.arange(len(self._value)), np.arange(len(x))[:, None]
         node = np.zeros((len(x), len(trees)), np.intp)
         for _ in range(self._depth):

@@ -202,11 +202,16 @@ def test_trees_foretell_what_those_of_scikit_learn_do(bowl):
     genes, losses = data.means(data.losses)
     x = simulator.features(genes)
     rng = np.random.default_rng(0)
-    others = rng.uniform(x.min(0) - 0.1, x.max(0) + 0.1, (1500, x.shape[1]))  # two batches
+    others = rng.uniform(x.min(0) - 0.1, x.max(0) + 0.1, (500, x.shape[1]))
     settings = {"n_estimators": 300, "learning_rate": 0.05, "max_depth": 4, "subsample": 0.7}
     theirs = [GradientBoostingRegressor(**settings, random_state=0).fit(x, y) for y in losses.T]
-    found = simulator.Trees(x, losses).predict(others)
-    np.testing.assert_allclose(found, np.column_stack([t.predict(others) for t in theirs]))
+    trees, expected = (
+        simulator.Trees(x, losses),
+        np.column_stack([t.predict(others) for t in theirs]),
+    )
+    np.testing.assert_allclose(trees.predict(others), expected)
+    few = [trees.predict(row) for row in np.array_split(others, 100)]
+    np.testing.assert_allclose(np.concatenate(few), expected)
 
 
 def test_the_simulator_foretells_what_it_was_not_shown(bowl):
