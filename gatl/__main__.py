@@ -35,6 +35,7 @@ from gatl.config import Config, checked
 from gatl.data import folder as image_folder
 from gatl.errors import UserError, printable
 from gatl.files import is_unwritable, unwritable
+from gatl.targets import require_arguments
 from gatl.trust import word_for, words_of
 
 if TYPE_CHECKING:  # Optuna takes a while, which a typing error need not wait for
@@ -178,6 +179,7 @@ def _check(config: Config) -> None:
     """
     if config.data.source["_target_"] == f"{image_folder.__name__}.{image_folder.load.__name__}":
         image_folder.find_splits(config.data.source["root"])
+    require_arguments("data.source", config.data.source)
     from gatl.strategies.build import build_strategy
 
     build_strategy(config)
@@ -208,7 +210,7 @@ def job(composed: DictConfig) -> float:
         config = checked(composed)
         must_be_new(folder)
         return run(config, folder)
-    except (UserError, InstantiationException) as error:  # Hydra wraps what a data source raises
+    except (UserError, InstantiationException, OSError) as error:  # Hydra wraps a data source's
         _discard_unused(folder)
         if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
             overrides = " ".join(HydraConfig.get().overrides.task)

@@ -9,7 +9,6 @@ from typing import Any
 import lightning
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -17,6 +16,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from gatl.models.layered import LayeredNetwork
+from gatl.targets import call
 from gatl.trust import require_own, whole
 
 # Looking at numbers makes a GPU wait for them, so they are looked at now and then.
@@ -85,12 +85,8 @@ class Classifier(lightning.LightningModule):
         self.save_hyperparameters()
         self.genes = dict(genes)
         self.classes = tuple(classes)
-        self.network: LayeredNetwork = instantiate(
-            # Called by ourselves, so that Hydra does not wrap what it raises.
-            dict(network),
-            _partial_=True,
-            _convert_="all",
-        )(
+        self.network: LayeredNetwork = call(
+            network,
             included_layers=int(genes["included_layers"]),
             n_classes=len(classes),
             dropout=genes["dropout"],
@@ -128,10 +124,10 @@ class Classifier(lightning.LightningModule):
             saved = torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]
             if not saved.keys() <= inspect.signature(cls).parameters.keys():
                 raise ValueError(f"its settings are {', '.join(map(str, saved))}")
-        require_own(path, {"model": saved}, trusted)
-        loaded: Classifier = super().load_from_checkpoint(
-            path, *args, **kwargs | {"weights_only": True}
-        )
+            require_own(path, {"model": saved}, trusted)
+            loaded: Classifier = super().load_from_checkpoint(
+                path, *args, **kwargs | {"weights_only": True}
+            )
         return loaded
 
     def forward(self, images: Tensor) -> Tensor:
@@ -298,8 +294,8 @@ class Classifier(lightning.LightningModule):
         """
         modules = [self.network] if frozen else self.network.trained()
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        norm = get_total_norm([t for t in tensors if t.is_floating_point()], math.inf)
-        if not math.isfinite(norm):
-            state = self.network.state_dict()
-            name = next(name for name, t in state.items() if not t.isfinite().all())
+        tensors = [t for t in tensors if t.is_floating_point() and t.numel()]
+        if not math.isfinite(get_total_norm(tensors, math.inf)):
+            named = (*self.network.named_parameters(), *self.network.named_buffers())
+            name = next(name for name, t in named if not t.isfinite().all())
             raise Diverged(f"diverged: {name} is not finite in epoch {self.current_epoch + 1}")

@@ -174,27 +174,34 @@ def help_requested(words: Sequence[str], text: str) -> bool:
 def one_line_errors() -> Iterator[None]:
     """Print a `UserError` as one line and exit with status 1.
 
-    So too that the disk is full, and what Hydra says when a `_target_` of the configuration
-    cannot be called. With the environment variable ``HYDRA_FULL_ERROR=1`` the traceback is
-    shown.
+    So too what goes wrong with a file that has a name, and what Hydra says when a `_target_` of
+    the configuration cannot be called. With the environment variable ``HYDRA_FULL_ERROR=1`` the
+    traceback is shown.
     """
     try:
         yield
     except (UserError, InstantiationException, OSError) as error:
-        if isinstance(error, OSError):
-            if not is_unwritable(error):
-                raise
-            error = unwritable(error, "try again.")
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise error
-        sys.stderr.write(f"gatl: {in_one_line(error)}\n")
+        line = in_one_line(error)
+        if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.stderr.write(f"gatl: {line}\n")
         sys.exit(1)
 
 
-def in_one_line(error: UserError | InstantiationException) -> str:
-    """Return the message of an error; what a target raises, Hydra wraps."""
-    cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-    return str(cause) if isinstance(cause, UserError) else printable(" ".join(str(cause).split()))
+def in_one_line(error: Exception) -> str | None:
+    """Return what a user reads of an error; None if it is no user's.
+
+    Args:
+        error: What a target raised stands behind Hydra's own.
+    """
+    cause = error.__cause__
+    wrapped = isinstance(error, InstantiationException) and isinstance(cause, UserError | OSError)
+    shown = cause if wrapped else error
+    if isinstance(shown, OSError):
+        if is_unwritable(shown):
+            return str(unwritable(shown, "try again."))
+        return shown.filename and printable(f"{shown.filename}: {shown.strerror}.")
+    return printable(" ".join(str(shown).split()))
 
 
 def compose(overrides: Sequence[str], config_name: str = "config") -> DictConfig:
@@ -275,18 +282,16 @@ def split_jobs(overrides: Sequence[str]) -> list[list[str]]:
 
 def resumed(folder: Path, overrides: Sequence[str], trusted: Collection[str]) -> Config:
     """Return the checked configuration of a run that goes on, see `compose_resumed`."""
-    path = _config_of(folder)
+    composed, path = compose_resumed(folder, [], trusted), _config_of(folder)
     with whole(path):
         try:
-            config = checked(compose_resumed(folder, [], trusted))
+            config = checked(composed)
         except UserError as error:
-            if str(folder) in str(error):
-                raise
             raise UserError(
                 f"{path} is damaged, or another version's ({str(error).rstrip('.')}): restore it "
                 "from a copy, or begin a new run."
             ) from error
-        return checked(compose_resumed(folder, overrides, trusted)) if overrides else config
+    return checked(compose_resumed(folder, overrides, trusted)) if overrides else config
 
 
 def compose_resumed(

@@ -1,12 +1,11 @@
 """``python -m gatl.compare``: the runs of a sweep beside one another."""
 
-import csv
-import io
 import json
 import logging
 import math
 import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,9 +22,10 @@ from rich.table import Table
 
 from gatl.cli import folder_named, help_requested, one_line_errors
 from gatl.errors import UserError, printable
+from gatl.files import csv_of
 from gatl.progress import format_count, format_duration, new_console
 from gatl.record import JOURNAL, outcome_of, require_sound, seconds_of, told_after
-from gatl.trust import read_yaml
+from gatl.trust import read_yaml, require_inside
 
 HELP = """\
 gatl.compare puts runs beside one another: those of a sweep, or all in a folder.
@@ -174,6 +174,7 @@ def _yaml(path: Path) -> Any:  # noqa: ANN401
 
 
 def _read(folder: Path) -> Run:
+    require_inside(folder)
     overrides: dict[str, str] = {}
     for word in _yaml(folder / ".hydra" / "overrides.yaml") or ():
         key, _, value = printable(str(word)).lstrip("+").partition("=")
@@ -199,8 +200,8 @@ def _read(folder: Path) -> Run:
     )
     result, accuracy = folder / RESULT, None
     if result.is_file():
-        accuracy = float(json.loads(result.read_text(encoding="utf-8"))["test"]["accuracy"])
-        if not 0 <= accuracy <= 1:
+        accuracy = json.loads(result.read_text(encoding="utf-8"))["test"]["accuracy"]
+        if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
             raise ValueError(f"{RESULT} holds the accuracy {accuracy}")
     return Run(
         folder,
@@ -227,8 +228,8 @@ def grouped(runs: Sequence[Run]) -> tuple[str, list[Group]]:
     for run in runs:
         values = {key: _setting(run, key) for key in differing}
         words = [f"{key}={value}" for key, value in values.items()]
-        name = ", ".join(values.values() if len(values) == 1 else words)
-        groups.setdefault(name or "all runs", []).append(run)
+        name = ", ".join(values.values() if len(values) == 1 else words) or "all runs"
+        groups.setdefault(name, []).append(run)
     if len(differing) > MANY:  # nobody could read that: the page lists what each run was told
         named = {printable(runs[0].folder.name): runs for runs in groups.values()}
         if len(named) == len(groups):
@@ -275,6 +276,11 @@ def _told(run: Run, folder: Path) -> str:
     return f"{printable(str(run.folder.relative_to(folder)))}: {words or '(nothing)'}"
 
 
+def _short(name: str, width: int = 100) -> str:
+    """Cut what no table has room for."""
+    return name if len(name) <= width else f"{name[:width]} ..."
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     """Write a row for people."""
 
@@ -285,7 +291,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return format(mean, form) + ("" if sd is None else f" ± {format(sd, form)}")
 
     return [
-        row["group"],
+        _short(row["group"]),
         str(row["runs"]),
         f"{row['trials']:.0f}",
         f"{row['evaluations']:.0f}",
@@ -301,7 +307,8 @@ HEADERS = ("runs", "trials", "evals", "best val_loss", "test acc.", "search time
 def _unfinished(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Say which groups have runs without a final model."""
     return [
-        f"{row['group']}: {row['unfinished']} of {format_count(row['runs'], 'run')} unfinished"
+        f"{_short(row['group'])}: {row['unfinished']} of {format_count(row['runs'], 'run')} "
+        "unfinished"
         for row in rows
         if row["unfinished"]
     ]
@@ -331,7 +338,7 @@ def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
             ):
                 mean, sd = best.mean(0), best.std(0, ddof=len(best) > 1)
                 low, high = mean - sd, mean + sd
-                (lines[group.name],) = ax.step(x / scale, mean, where="post", **look)
+                (lines[_short(group.name)],) = ax.step(x / scale, mean, where="post", **look)
                 ax.fill_between(
                     x / scale, low, high, step="post", color=look["color"], alpha=0.15, lw=0
                 )
@@ -348,8 +355,10 @@ def _picture(groups: Sequence[Group], svg: Path, png: Path) -> None:
         figure.legend(
             lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False
         )
-        figure.savefig(svg, metadata={"Date": None})
-        figure.savefig(png, dpi=150)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks
+            figure.savefig(svg, metadata={"Date": None})
+            figure.savefig(png, dpi=150)
         plt.close(figure)
 
 
@@ -410,16 +419,13 @@ def save(heading: str, groups: Sequence[Group], folder: Path, left_out: Sequence
         if (folder / name).is_symlink():
             raise UserError(f"{folder / name} is a link, and would be written through: remove it.")
     rows = _ranked(groups)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     svg = folder / "compare.svg"
     try:
         _picture(groups, svg, folder / "compare.png")
         drawing = svg.read_text()
         svg.unlink()
-        (folder / "compare.csv").write_text(text.getvalue(), encoding="utf-8")
+        table = csv_of([COLUMNS, *([row[name] for name in COLUMNS] for row in rows)])
+        (folder / "compare.csv").write_bytes(table)
         page = _PAGE.format(
             title=escape(
                 format_count(sum(len(group.runs) for group in groups), "run") + " compared"

@@ -568,6 +568,11 @@ def checked(composed: DictConfig) -> Config:
     for key in GROUPS:
         if not isinstance(cfg[key], DictConfig):
             raise UserError(f"{key} must be a group of settings, but got {cfg[key]!r}.")
+    for key in ("data.source", "model.network", "logger", "evaluator"):
+        node = OmegaConf.select(cfg, key)
+        for word in node if isinstance(node, DictConfig) else ():
+            if word in ("_args_", "_convert_", "_partial_", "_recursive_"):
+                raise UserError(f"{key}.{word} cannot be set: gatl calls {key}._target_ itself.")
     if cfg.get("resume") is not None:
         raise UserError("resume=RUN_FOLDER goes on with a run only as it stands, without +.")
     if cfg.get("trust") is not None:

@@ -1,19 +1,27 @@
 """Files that are there whole or not at all, and what a full disk says."""
 
 import contextlib
+import csv
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from gatl.errors import UserError
 
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def is_unwritable(error: BaseException) -> bool:
     """Whether an error says that the disk takes no more: it is full, or a limit is reached."""
     return isinstance(error, OSError) and error.errno in _UNWRITABLE
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error says nothing of the file that is read, and may be gone the next time."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING
 
 
 @contextlib.contextmanager
@@ -55,6 +63,19 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+def csv_of(rows: Iterable[Sequence[object]]) -> bytes:
+    """Return the content of a CSV file, a line for each row.
+
+    Names of files need not be text: what is none stays the bytes that it is.
+    """
+    lines: list[str] = []
+    # The module quotes only those ends of lines that it writes itself, and yet reads all of them.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerows(rows)
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    return text.encode(errors="surrogateescape")
 
 
 def sync(path: Path) -> None:

@@ -4,8 +4,6 @@
 """
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
@@ -15,7 +13,6 @@ import shutil
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -68,8 +65,9 @@ from gatl.evaluation import (
     read_checkpoint,
     reason,
     resolve_precision,
+    write_trace,
 )
-from gatl.files import is_unwritable, unwritable, write_whole, writing
+from gatl.files import csv_of, is_unwritable, unwritable, write_whole, writing
 from gatl.outcome import Outcome
 from gatl.progress import (
     format_count,
@@ -188,7 +186,7 @@ def finish(session: Session) -> float:
     except Exception as error:
         if is_unwritable(error):
             raise
-        (folder / "final" / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        write_trace(folder / "final")
         raise UserError(
             f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
             f"When that is mended, go on with: {final_command(folder, *trust)}"
@@ -243,9 +241,12 @@ def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
     try:
         if result["trials"] < n_ended or result["settings"] != asdict(config.final):
             return None
+        accuracy = result["test"]["accuracy"]
+        if type(accuracy) not in (int, float) or not 0 <= accuracy <= 1:
+            return None
         return (
             f"Nothing is left to do: the model of these {result['trials']:d} trials is made and "
-            f"tested (accuracy {result['test']['accuracy']:.1%}).\n{_whereabouts(folder)}"
+            f"tested (accuracy {accuracy:.1%}).\n{_whereabouts(folder)}"
         )
     except (KeyError, TypeError, ValueError):  # damaged
         return None
@@ -306,10 +307,13 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
     """Return the val_loss of each fit; an interrupted run reads back what it had."""
     path = session.folder / "final" / "reevaluation.json"
     path.parent.mkdir(exist_ok=True)
-    with whole(path):
-        known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        for outcome in known.values():
-            Outcome.from_json(outcome)
+    known: dict[str, Any] = {}
+    if path.is_file():
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):  # damaged
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            for outcome in kept.values():
+                Outcome.from_json(outcome)
+            known = kept
     waiting = [i for i, fit in enumerate(fits) if str(fit.seed) not in known]
     running = 0
     while waiting or running:
@@ -402,7 +406,9 @@ def _retrain(
 ) -> tuple[Classifier, dict[str, Any]]:
     config = session.config
     settings = {"genes": dict(genes), "patience": config.final.patience}
-    last, curve = _begun(folder, settings, config.final.max_epochs)
+    begun = _begun(folder, settings, config.final.max_epochs)
+    curve = begun["epochs"] if begun else []
+    n_parts = max(n_parts, begun.get("n_parts", 1) if begun else 1)
     started = time.monotonic()
     torch.set_num_threads(THREADS)
     seed = fit_seed(config.seed, Purpose.FINAL, genes)
@@ -412,10 +418,10 @@ def _retrain(
     if (n := micro_batch(config, classifier)) is not None:
         session.console.print(f"final training: {format_micro_batch(n)}")
     if not _is_over(curve, config.final.max_epochs, config.final.patience):
-        begun = f", {len(curve)} of them done" if curve else ""
+        done = f", {len(curve)} of them done" if curve else ""
         session.console.print(
             f"Retraining the winner ({format_genes(genes)}) for up to "
-            f"{format_count(config.final.max_epochs, 'epoch')}{begun} ..."
+            f"{format_count(config.final.max_epochs, 'epoch')}{done} ..."
         )
         stopper = StopOnRequest(session.stop)  # type: ignore[arg-type]  # it needs is_set alone
         callbacks: list[Callback] = [
@@ -435,6 +441,7 @@ def _retrain(
         ]
         trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
         images = build_data(config, session.data, seed, n_parts)
+        last = folder / "last.ckpt" if begun else None
         try:
             trainer.fit(classifier, datamodule=images, ckpt_path=last, weights_only=True)
         except Diverged as error:
@@ -447,42 +454,41 @@ def _retrain(
         ("epoch", *curve[0]),
         ((i + 1, *epoch.values()) for i, epoch in enumerate(curve)),
     )
-    best = _best_epoch(curve)
-    trusted = {config.model.network["_target_"]}
-    loaded = Classifier.load_from_checkpoint(folder / "best.ckpt", trusted=trusted)
-    return loaded, {
+    with whole(folder / "best.ckpt"):
+        kept = torch.load(folder / "best.ckpt", map_location="cpu", weights_only=True)
+        classifier.on_load_checkpoint(kept)
+        classifier.load_state_dict(kept["state_dict"])
+    return classifier, {
         "epochs": len(curve),
-        "best_epoch": best + 1,
-        **{name: curve[best][name] for name in ("val_loss", "val_accuracy")},
+        "best_epoch": len(kept["epochs"]),
+        **{name: kept["epochs"][-1][name] for name in ("val_loss", "val_accuracy")},
         "trainable_params": classifier.network.n_trainable,
         "total_params": classifier.network.n_parameters,
-        "micro_batch": micro_batch(config, loaded),
+        "micro_batch": micro_batch(config, classifier),
         "threads": THREADS,
         "seconds": round(time.monotonic() - started, 1),
         "weights": report.to_json() if report else {},
     }
 
 
-def _begun(
-    folder: Path, settings: Mapping[str, Any], max_epochs: int
-) -> tuple[Path | None, list[dict[str, float]]]:
-    """Return the checkpoint from which a training with these settings goes on, and its epochs.
+def _begun(folder: Path, settings: Mapping[str, Any], max_epochs: int) -> dict[str, Any] | None:
+    """Return the last checkpoint of a training with these settings, to go on from.
 
     If there is none, the folder is made empty: what lies there is another training's.
     """
-    last, kept = folder / "last.ckpt", folder / "training.json"
-    content, best = read_checkpoint(last), read_checkpoint(folder / "best.ckpt")
+    kept = folder / "training.json"
+    content, best = (read_checkpoint(folder / f"{name}.ckpt") for name in ("last", "best"))
     with contextlib.suppress(Exception):  # nothing is there yet, or it is damaged
         if content and best and json.loads(kept.read_text(encoding="utf-8")) == settings:
             curve, states = content["epochs"], content.get("callbacks", {})
             # Whoever was killed between the two left a best one that is an epoch ahead.
             in_step = len(best["epochs"]) in (_best_epoch(curve) + 1, len(curve) + 1)
             if len(curve) <= max_epochs and in_step and _names_own_files(states, folder):
-                return last, curve
+                return content
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write_json(kept, settings)
-    return None, []
+    return None
 
 
 def _names_own_files(states: Mapping[str, object], folder: Path) -> bool:
@@ -664,10 +670,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    # A file's name need not be text: its bytes stay what they are.
-    write_whole(path, text.getvalue().encode(errors="surrogateescape"))
+    write_whole(path, csv_of([header, *rows]))
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """What one evaluation yields, as plain data."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+LARGEST = 1e100
+"""No loss or duration is larger, and sums and squares of them are still numbers."""
 
 
 def fitness(val_loss: float) -> float:
@@ -60,12 +62,13 @@ class Outcome:
         outcome = cls(**kept)
         for field in fields(cls):
             value = getattr(outcome, field.name)
-            if type(value) is int and isinstance(0.0, field.type):  # type: ignore[arg-type]
-                continue  # JSON has one kind of number
-            if not isinstance(value, field.type):  # type: ignore[arg-type]
+            kind = type(value)
+            if kind is int and isinstance(0.0, field.type):  # type: ignore[arg-type]
+                kind = float  # JSON has one kind of number
+            if not issubclass(kind, field.type) or (kind is bool) != (field.type is bool):  # type: ignore[arg-type]
                 raise TypeError(f"{field.name} is {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value}")
+            if kind in (int, float) and not abs(value) <= LARGEST:
+                raise ValueError(f"{field.name} is no number that can be")
         return outcome
 
     def to_json(self) -> dict[str, Any]:

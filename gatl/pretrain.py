@@ -72,6 +72,7 @@ from gatl.models.weights import backbone_of, describe_se, load
 from gatl.progress import format_count, format_duration
 from gatl.record import held
 from gatl.streams import Purpose, generator
+from gatl.targets import call
 
 BATCHES_BETWEEN_CHECKS = 25
 """Looking at a loss makes a GPU wait for it, so it is looked at now and then."""
@@ -237,12 +238,11 @@ class Pretraining(lightning.LightningModule):
         self.recipe: dict[str, Any] = dict(settings["recipe"])
         self.seed = int(settings["seed"])
         model = settings["model"]
-        self.network: LayeredNetwork = instantiate(
-            dict(model["network"]),
+        self.network: LayeredNetwork = call(
+            model["network"],
             included_layers=model["n_layers"],
             n_classes=len(classes),
             dropout=0.0,
-            _convert_="all",
         )
         self.network.to(memory_format=torch.channels_last)
         self.train_loss, self.test_loss = WeightedMean(), WeightedMean()

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console, Group, RenderableType
@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from gatl.errors import printable
 from gatl.outcome import Outcome
 from gatl.ranking import incumbent
 from gatl.record import outcome_of
@@ -36,6 +37,17 @@ _QUIET = 30.0
 """Seconds after which plain output shows that images are still being decoded."""
 
 
+class _Console(Console):
+    """A console that prints texts with nothing in them that commands it."""
+
+    def print(self, *objects: Any, **more: Any) -> None:
+        """Print as rich does; a text, line by line, as `printable` writes it."""
+        shown = (
+            "\n".join(map(printable, o.split("\n"))) if isinstance(o, str) else o for o in objects
+        )
+        super().print(*shown, **more)
+
+
 def new_console() -> Console:
     """Return the console of a command; it prints names and errors as they are.
 
@@ -45,7 +57,7 @@ def new_console() -> Console:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = _Console(highlight=False, markup=False, emoji=False)
     console.soft_wrap = not console.is_terminal
     return console
 

@@ -7,7 +7,6 @@ a stale lock of the journal, and a last line that is torn.
 import contextlib
 import csv
 import fcntl
-import io
 import itertools
 import os
 import shlex
@@ -24,15 +23,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Value
 from gatl.errors import UserError
-from gatl.files import writing
-from gatl.outcome import Outcome, fitness
+from gatl.files import csv_of, writing
+from gatl.outcome import LARGEST, Outcome, fitness
 from gatl.trust import read_yaml, whole
 
 JOURNAL = "study.journal"
 HISTORY = "history.csv"
 OUTCOME = "outcome"  # the trial's user attribute
-LARGEST = 1e100
-"""No loss or duration is larger, and sums and squares of them are still numbers."""
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 
 
@@ -179,8 +176,13 @@ def require_genes(study: optuna.Study, distributions: Mapping[str, BaseDistribut
     """
     for trial in study.get_trials(deepcopy=False):
         known = trial.distributions.items() <= distributions.items()
+        inside = all(
+            gene._contains(gene.to_internal_repr(trial.params[name]))
+            for name, gene in trial.distributions.items()
+        )
         # One that was cut off while it was asked for has no genes, or not all of them.
-        if not known or (trial.state.is_finished() and len(trial.params) < len(distributions)):
+        all_there = len(trial.params) == len(distributions) or not trial.state.is_finished()
+        if not (known and inside and all_there):
             raise ValueError(f"the genes of trial {trial.number} are not those of the search")
 
 
@@ -295,7 +297,7 @@ class History:
             *("number", "generation", "state"),
             *self._genes,
             *results.split(),
-            *("micro_batch", "reused_from", "error"),
+            *("reused_from", "error", "micro_batch"),
         )
 
     def update(
@@ -329,16 +331,14 @@ class History:
             round(outcome.duration_s, 3),
             outcome.trainable_params,
             outcome.total_params,
-            outcome.micro_batch,
             outcome.reused_from,
             outcome.error,
+            outcome.micro_batch,
         )
 
     def _write(self, rows: Iterable[Sequence[object]]) -> int:
         """Write rows behind those that stay; return where they end."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
         with writing(self._path), self._path.open("r+b") as file:
             file.seek(self._end)
-            file.write(text.getvalue().encode(errors="surrogateescape"))
+            file.write(csv_of(rows))
             return file.tell()

@@ -23,7 +23,7 @@ from rich.console import Console
 from gatl.classifier import Classifier
 from gatl.config import Config
 from gatl.data.images import PreparedData, describe, prepare
-from gatl.data.manifest import keep_or_compare, left_out, repeated
+from gatl.data.manifest import MANIFEST, keep_or_compare, left_out, repeated
 from gatl.errors import UserError
 from gatl.evaluation import (
     Evaluator,
@@ -40,6 +40,7 @@ from gatl.progress import decoding
 from gatl.record import JOURNAL, held, open_study, require_genes
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
+from gatl.targets import require_arguments
 from gatl.trust import whole
 
 
@@ -97,6 +98,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
         name = type(strategy).__name__
         console.print(f"Halving: off (it compares the fits of a generation, and {name} has none)")
     evaluator_class = _evaluator_class(config)
+    require_arguments("logger", config.logger, save_dir="", name="", version="")
     network = _largest_network(config)
     report = load_pretrained(config, network)
     images, features = folder / ".images", folder / ".features"
@@ -119,6 +121,8 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             console.print(f"Data: {config.data.name} · {describe(data)}")
             for line in filter(None, (*left_out(data), repeated(data))):
                 console.print(f"  {line}", soft_wrap=True)
+            if (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
+                console.print(f"{MANIFEST} is gone: the images may be others, and nobody knows")
             keep_or_compare(data, folder)
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
             data = _with_features(config, data, network, report, features, console)

@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from gatl.config import Config, resolving
+from gatl.config import Config
 from gatl.errors import UserError
+from gatl.files import is_unwritable
 
 UNPICKLING = frozenset({"optuna.samplers.CmaEsSampler"})
 """What gatl's own YAML names and yet unpickles: CMA-ES, of Optuna's samplers alone, keeps its
@@ -28,9 +29,15 @@ state in the study as a pickle. gatl gives it a study in memory; this is the sec
 
 MAX_DEPTH = 50
 """Of groups and lists in one another; gatl's own has six."""
+MAX_YAML = 2**18
+"""Bytes; gatl's own have a fiftieth, and the parser takes seconds for more."""
 MAX_BITS = 1024
 """Of a whole number: larger ones are no floats, and Python may refuse to write them."""
 _LOCK = "study.journal.lock"  # Optuna's, a link; a killed driver leaves it
+_FOLDERS = frozenset({".features", ".hydra", ".images", "final", "trials"})
+_FILES = frozenset(
+    {_LOCK, "best.ckpt", "history.csv", "images.csv", "result.json", "study.journal"}
+)
 _TARGET = "_target_"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # commands to a terminal
 
@@ -59,6 +66,8 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
         UserError: If it cannot be read, or holds more than plain values.
     """
     with whole(path):
+        if path.stat().st_size > MAX_YAML:
+            raise ValueError(f"it is larger than {MAX_YAML} bytes")
         depth = 0
         for event in yaml.parse(path.read_text(encoding="utf-8")):
             depth += isinstance(event, yaml.CollectionStartEvent)
@@ -84,8 +93,14 @@ def whole(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong with a file of a run folder into a `UserError`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
+    except OSError as error:
+        if is_unwritable(error):
+            raise
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}): when that is mended, try again."
+        ) from error
     except Exception as error:  # a file that anybody may have written can raise anything
         message = " ".join(str(error).split())[:300]
         raise UserError(
@@ -114,12 +129,8 @@ def require_plain(path: Path, config: DictConfig, trusted: Collection[str]) -> N
                 f"{path} holds the interpolation {text!r}, which is none of gatl's own: write its "
                 "value there."
             )
-    with whole(path), resolving():
+    with whole(path):
         resolved = OmegaConf.to_container(config, resolve=True)
-    # Resolved once more, these could be the calls that were looked for above.
-    for text in texts(resolved):
-        if "${" in text:
-            raise UserError(f"{path} makes up the interpolation {text!r}: write its value there.")
     require_own(path, resolved, trusted)
 
 
@@ -132,8 +143,11 @@ def require_own(path: Path, node: object, trusted: Collection[str] = ()) -> None
         trusted: The targets that the user trusts.
 
     Raises:
-        UserError: If so.
+        UserError: If so, or if a text is an interpolation, which could be resolved to one.
     """
+    for text in texts(node):
+        if "${" in text:
+            raise UserError(f"{path} holds the interpolation {text!r}: write its value there.")
     names = {name: place for place, name in _foreign(node) if name not in trusted}
     if names:
         listed = ", ".join(f"{place}.{_TARGET}={name}" for name, place in names.items())
@@ -147,12 +161,13 @@ def require_inside(folder: Path) -> None:
     """Refuse a run folder with a link that leaves it: what is written there would go elsewhere.
 
     Raises:
-        UserError: If so, or if something in it is neither a file nor a folder.
+        UserError: If so, or if something in it is neither a file nor a folder, or not the one
+            of the two that a run makes.
     """
     root = os.path.realpath(folder)
     for parent, folders, names in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *names)):
-            if path == folder / _LOCK:
+            if path == folder / _LOCK and path.is_symlink():
                 continue
             if path.is_symlink():
                 to = Path(os.path.realpath(path))
@@ -163,6 +178,9 @@ def require_inside(folder: Path) -> None:
                     )
             elif not (path.is_dir() or path.is_file()):
                 raise UserError(f"{path} is neither a file nor a folder: remove it.")
+            if path.parent == folder and path.name in (_FILES if path.is_dir() else _FOLDERS):
+                kind = "folder" if path.is_dir() else "file"
+                raise UserError(f"{path} is a {kind}, as no run makes it: remove it.")
 
 
 def _foreign(node: object) -> list[tuple[str, str]]:

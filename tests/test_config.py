@@ -22,6 +22,7 @@ from gatl.config import Config, checked, parse_seconds
 from gatl.errors import UserError
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
+from gatl.targets import require_arguments
 
 
 def config(*overrides: str) -> Config:
@@ -179,6 +180,10 @@ def test_value_out_of_range_is_refused_in_one_line_that_says_what_is_allowed(
 
 # Overrides whose message does not follow the pattern "KEY must be ..., but got ...".
 MESSAGES = {
+    ("+data.source._partial_=true",): (
+        "data.source._partial_ cannot be set: gatl calls data.source._target_ itself."
+    ),
+    ("+logger._args_=[1]",): "logger._args_ cannot be set: gatl calls logger._target_ itself.",
     ("data=folder",): "data.root is required: give data.root=VALUE.",
     ("data=folder", "data.root=null"): (
         "data.root is required with data=folder: give data.root=PATH."
@@ -525,6 +530,7 @@ def told(lines: list[str]) -> Config | str:
     try:
         cfg = config(*lines)
         strategy = build_strategy(cfg)
+        require_arguments("data.source", cfg.data.source)
     except UserError as refused:
         return str(refused)
     rehearse(cfg, strategy)

@@ -1,5 +1,6 @@
 """Files that no kill and no power cut tears, and a disk that is full."""
 
+import csv
 import errno
 import os
 import pickle
@@ -16,9 +17,10 @@ from gatl.data.images import prepare
 from gatl.data.source import Source, in_memory
 from gatl.errors import UserError
 from gatl.features import FeatureFiles
-from gatl.files import is_unwritable, write_whole, writing
+from gatl.files import csv_of, is_unwritable, write_whole, writing
 from gatl.outcome import Outcome
 from gatl.record import History, begin, open_study, reach, tell
+from gatl.trust import whole
 
 SPACE = {"learning_rate": FloatDistribution(0, 1)}
 GENES = {"learning_rate": 0.5}
@@ -67,6 +69,31 @@ def test_the_error_of_a_write_names_its_file_in_other_processes_too(tmp_path):
     assert pickle.loads(pickle.dumps(raised.value)).filename == str(tmp_path / "x")
     assert not is_unwritable(ValueError())
     assert not is_unwritable(OSError(errno.ENOENT, "there is none"))
+
+
+def test_that_the_disk_is_full_when_a_record_begins_is_no_damage(tmp_path, at_most):
+    at_most(100)
+    with pytest.raises(OSError, match=r"study\.journal") as raised:
+        open_study(tmp_path, optuna.samplers.RandomSampler(seed=0))
+    at_most(resource.RLIM_INFINITY)
+    assert is_unwritable(raised.value)
+    assert open_study(tmp_path, optuna.samplers.RandomSampler(seed=0)).trials == []
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "no luck")])
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, error):
+    with pytest.raises((UserError, MemoryError)) as raised, whole(tmp_path / "x"):
+        raise error
+    assert "damaged" not in str(raised.value)
+
+
+def test_a_table_can_be_read_again_whatever_its_cells_hold(tmp_path):
+    rows = [["a\rb", "c\nd", 'e"f', "g,h", "i\r\nj", ""], ["", "x", "\udcf6", " ", "ö", "1"]]
+    path = tmp_path / "table.csv"
+    path.write_bytes(csv_of(rows))
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        assert list(csv.reader(file)) == rows
+    assert path.read_bytes().endswith(b",x,\xf6, ,\xc3\xb6,1\n")
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 50])

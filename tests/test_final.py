@@ -601,16 +601,16 @@ def test_what_a_training_goes_on_from(tmp_path):
         torch.save({"epochs": curve}, folder / "last.ckpt")
         torch.save({"epochs": [*curve, {"val_loss": 0.3}][:n_best]}, folder / "best.ckpt")
 
-    assert final._begun(folder, begun, 3) == (None, [])
+    assert final._begun(folder, begun, 3) is None
     leave()
     for max_epochs in (2, 3, 9):
-        assert final._begun(folder, begun, max_epochs) == (folder / "last.ckpt", curve)
-    assert final._begun(folder, begun, 1) == (None, [])  # it is beyond its end
+        assert final._begun(folder, begun, max_epochs) == {"epochs": curve}
+    assert final._begun(folder, begun, 1) is None  # it is beyond its end
     assert not (folder / "last.ckpt").exists()
     leave(3)  # it was killed between the two: the third epoch comes again
-    assert final._begun(folder, begun, 3) == (folder / "last.ckpt", curve)
+    assert final._begun(folder, begun, 3) == {"epochs": curve}
     leave(1)  # a power cut left the one before
-    assert final._begun(folder, begun, 3) == (None, [])
+    assert final._begun(folder, begun, 3) is None
     for name in ("last.ckpt", "best.ckpt", "training.json"):
         leave()
         content = (folder / name).read_bytes()
@@ -618,15 +618,26 @@ def test_what_a_training_goes_on_from(tmp_path):
             leave()
             (folder / name).write_bytes(content[:n] + bytes(n == 1))
             whole = name == "training.json" and n == len(content) - 1  # but for the line's end
-            assert final._begun(folder, begun, 3) == (
-                (folder / "last.ckpt", curve) if whole else (None, [])
-            )
+            assert final._begun(folder, begun, 3) == ({"epochs": curve} if whole else None)
         leave()
         (folder / name).unlink()
-        assert final._begun(folder, begun, 3) == (None, [])
+        assert final._begun(folder, begun, 3) is None
     leave()
-    assert final._begun(folder, begun | {"patience": 3}, 3) == (None, [])
+    assert final._begun(folder, begun | {"patience": 3}, 3) is None
     assert not (folder / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_what_cannot_be_read_just_now_is_not_deleted(tmp_path, monkeypatch, error):
+    folder = tmp_path / "fit"
+    assert final._begun(folder, {}, 3) is None
+    for name in ("best.ckpt", "last.ckpt"):
+        torch.save({"epochs": [{"val_loss": 0.5}]}, folder / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", raising(error))
+        with pytest.raises(type(error)):
+            final._begun(folder, {}, 3)
+    assert final._begun(folder, {}, 3) == {"epochs": [{"val_loss": 0.5}]}
 
 
 def test_a_kill_while_the_result_is_written_loses_no_training(tmp_path, data, monkeypatch):

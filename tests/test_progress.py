@@ -151,6 +151,11 @@ def test_the_console_of_a_command_prints_names_as_they_are(capsysbinary, monkeyp
     assert buffer.getvalue() == b"[red]roses[/red] :smile: fl\\xf6\\udcf6wers\n"
 
 
+def test_nothing_that_is_printed_commands_the_terminal(capsys):
+    new_console().print("a\x1b]0;title\x07\x1b[2Jb\rc\nd", soft_wrap=True)
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07\\x1b[2Jb\\rc\nd\n"
+
+
 def test_a_full_cache_is_told_once():
     view, out = plain()
     for number in range(3):

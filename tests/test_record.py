@@ -33,7 +33,7 @@ SPACE = {"learning_rate": FloatDistribution(0, 1)}
 # DESIGN.md, section 5, and micro_batch.
 COLUMNS = (
     "number,generation,state,included_layers,frozen_layers,learning_rate,dropout,val_loss,fitness,"
-    "val_accuracy,epochs,duration_s,trainable_params,total_params,micro_batch,reused_from,error"
+    "val_accuracy,epochs,duration_s,trainable_params,total_params,reused_from,error,micro_batch"
 )
 
 
@@ -266,10 +266,10 @@ def test_a_row_tells_everything_of_a_trial(tmp_path: Path) -> None:
     History(tmp_path, ["learning_rate"]).update(study.get_trials(), lambda number: None)
     first, second = (list(row.values()) for row in rows(tmp_path))
     figures = ["0.25", "-0.25", "0.75", "2", "1.235", "10", "20"]
-    assert first == ["0", "", "COMPLETE", "0.5", *figures, "8", "", ""]
+    assert first == ["0", "", "COMPLETE", "0.5", *figures, "", "", "8"]
     assert second == [
-        *("1", "", "FAIL", "0.5", "", "", "", "0", "0.1", "", "", "", ""),
-        'ValueError: a "quoted", comma',
+        *("1", "", "FAIL", "0.5", "", "", "", "0", "0.1", "", "", ""),
+        *('ValueError: a "quoted", comma', ""),
     ]
 
 

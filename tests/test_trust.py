@@ -258,6 +258,7 @@ TEXTS = {
     "nothing": "",
     "no text": "\0",
     "infinite": "seed: .inf",
+    "large": "seed: [" + "0," * 200_000 + "]",
 }
 
 
@@ -318,6 +319,11 @@ def test_a_pickle_in_the_journal_is_not_run(tmp_path, mark):
     assert mark.exists()
 
 
+def record_in(folder: Path) -> optuna.Study:
+    folder.mkdir(parents=True)
+    return record(folder)
+
+
 def record(folder: Path) -> optuna.Study:
     """Write a record of three trials, each with an end of its own; return the study."""
     strategy = build_strategy(checked(compose([*SMALL, "search=random"])))
@@ -369,6 +375,10 @@ JOURNALS = {
     "outcome is a list": changed(OUTCOME, "user_attr.outcome", [1]),
     "outcome has more": changed(OUTCOME, "user_attr.outcome.path", "/etc/passwd"),
     "seconds are infinite": changed(OUTCOME, "user_attr.outcome.seconds", float("inf")),
+    "time is a huge whole number": changed(OUTCOME, "user_attr.outcome.duration_s", 10**400),
+    "loss of the outcome is one": changed(OUTCOME, "user_attr.outcome.val_loss", -(10**400)),
+    "epochs are true": changed(OUTCOME, "user_attr.outcome.epochs", True),
+    "pruned is 1": changed(OUTCOME, "user_attr.outcome.pruned", 1),
     "state is none": changed(STATE, "state", 17),
     "state is waiting": changed(STATE, "state", 4),
     "gene is a text": changed(BEGIN, "params.dropout", "../../x"),
@@ -394,6 +404,13 @@ def test_a_journal_of_other_genes_is_one_line(tmp_path, lines):
         narrow = build_strategy(checked(compose([*SMALL, *words])))
         with pytest.raises(ValueError, match="genes of trial 0"):
             require_genes(study, narrow.distributions())
+    for gene, value in {"included_layers": 5000, "frozen_layers": -3, "dropout": 7.5}.items():
+        outside = list(lines)
+        changed(BEGIN, f"params.{gene}", value)(outside)
+        (tmp_path / JOURNAL).write_text("\n".join(outside) + "\n")
+        study = open_study(tmp_path, None)
+        with pytest.raises(ValueError, match="genes of trial 0"):
+            require_genes(study, build_strategy(config).distributions())
     more = changed(BEGIN, "params", {"os.system": 1.0})
     lines = list(lines)
     more(lines)
@@ -409,6 +426,9 @@ RESULTS = (
     '{"trials": 99, "settings": SETTINGS, "test": []}',
     '{"trials": 99, "settings": SETTINGS, "test": {"accuracy": "<b>"}}',
     '{"trials": ' + "9" * 5000 + "}",
+    '{"trials": 99, "settings": SETTINGS, "test": {"accuracy": 1e400}}',
+    '{"trials": 99, "settings": SETTINGS, "test": {"accuracy": ' + "9" * 400 + "}}",
+    '{"trials": 99, "settings": SETTINGS, "test": {"accuracy": true}}',
     "null",
 )
 
@@ -477,6 +497,44 @@ def test_a_run_folder_with_a_pipe_is_refused(run):
     assert "result.json is neither a file nor a folder" in message(resumed, run, [], ())
 
 
+def make_file(path):
+    path.write_text("x")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        *((name, Path.mkdir) for name in ("study.journal", "study.journal.lock", "history.csv")),
+        *((name, Path.mkdir) for name in ("images.csv", "result.json", "best.ckpt")),
+        *((name, make_file) for name in ("final", "trials", ".images", ".features")),
+    ],
+)
+def test_a_file_where_a_folder_should_be_is_one_line(run, capsys, name, make):
+    make(run / name)
+    expected = f"{name} is a {'folder' if make is Path.mkdir else 'file'}, as no run makes it"
+    assert expected in message(resumed, run, [], ())
+    assert expected in refused(capsys, gatl.__main__.main, f"resume={run}")
+
+
+def test_a_refusal_is_no_damage_whatever_the_folder_is_called(run, mark):
+    write(run, **TARGETS["args"](mark))
+    folder = run.rename(run.with_name("a\nrun"))
+    line = message(resumed, folder, [], ())
+    assert "trust=os.system" in line
+    assert "damaged" not in line
+
+
+def test_a_run_that_links_elsewhere_is_left_out_of_a_comparison(tmp_path):
+    for name in ("0", "1"):
+        record_in(tmp_path / "sweep" / name)
+    (tmp_path / "secret.yaml").write_text("- password=hunter2")
+    (tmp_path / "sweep/1/.hydra").mkdir()
+    (tmp_path / "sweep/1/.hydra/overrides.yaml").symlink_to(tmp_path / "secret.yaml")
+    runs, left_out = compare.read_runs(tmp_path / "sweep")
+    assert [run.folder.name for run in runs] == ["0"]
+    assert "out of the run folder" in left_out[0]
+
+
 @pytest.mark.parametrize("suffix", ["html", "csv", "png", "svg"])
 def test_a_comparison_is_not_written_through_a_link(tmp_path, suffix):
     (tmp_path / "runs" / "0").mkdir(parents=True)
@@ -513,6 +571,14 @@ def test_a_checkpoint_may_name_no_target_but_gatls_own(tmp_path, mark):
         {"genes": target("os.system", command=f"touch {mark}")},
     ):
         assert "best.ckpt would run model." in message(load, checkpoint(path, settings))
+    touch = (
+        f"{{_target_: pathlib.Path.touch, _args_: [{{_target_: pathlib.Path, _args_: [{mark}]}}]}}"
+    )
+    for text in (f"${{oc.create:'{touch}'}}", f"${{oc.create:{touch}}}", "${oc.env:HOME}"):
+        settings = {"network": target("gatl.models.lenet.lenet5", x=text)}
+        assert "holds the interpolation" in message(load, checkpoint(path, settings))
+    settings = {"network": target("gatl.models.lenet.lenet5", x=1)}
+    assert "unexpected keyword argument 'x'" in message(load, checkpoint(path, settings))
     for settings in ({"_instantiator": "os.system"}, {"class_path": "os.system"}):
         assert "its settings are" in message(load, checkpoint(path, settings))
     message(load, checkpoint(path, more=Hostile(mark)))
@@ -524,6 +590,13 @@ def test_a_checkpoint_may_name_no_target_but_gatls_own(tmp_path, mark):
     assert f"add trust={__name__}.lenet." in message(load, path)
     with contextlib.suppress(Exception):  # this module's name need not be importable
         load(path, trusted={f"{__name__}.lenet"})
+
+
+def test_a_small_file_makes_no_large_weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"conv.weight": torch.zeros(1).expand(10**12)}, path)
+    assert path.stat().st_size < 10_000
+    assert "is larger than what the file holds of it" in message(read_weights, str(path), {})
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch"])
@@ -578,14 +651,20 @@ def test_a_final_training_deletes_no_file_that_its_checkpoint_names(tmp_path, li
         "ModelCheckpoint": {"dirpath": str(folder), "best_model_path": "", "best_k_models": {}}
     }
     checkpoint(folder / "last.ckpt", epochs=epochs, callbacks=states)
-    assert final._begun(folder, {}, 3) == (folder / "last.ckpt", epochs)
+    assert final._begun(folder, {}, 3)["epochs"] == epochs
     for key, value in (("best_model_path", lie), ("best_k_models", {lie: 1.0})):
         hostile = copy.deepcopy(states)
         hostile["ModelCheckpoint"][key] = value
         (folder / "training.json").write_text("{}")
         checkpoint(folder / "best.ckpt", epochs=epochs)
         checkpoint(folder / "last.ckpt", epochs=epochs, callbacks=hostile)
-        assert final._begun(folder, {}, 3) == (None, [])
+        assert final._begun(folder, {}, 3) is None
+
+
+def test_nothing_in_the_name_of_the_run_folder_is_resolved(tmp_path):
+    folder = tmp_path / "${oc.env:HOME}" / "trials" / "0"
+    trainer = build_trainer(checked(compose(SMALL)), 1, folder, [], 0)
+    assert trainer.logger.log_dir == str(folder)
 
 
 def test_a_logger_writes_into_the_run_folder_alone(tmp_path):

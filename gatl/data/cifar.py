@@ -9,6 +9,7 @@ import numpy as np
 
 from gatl.data.download import torchvision_dataset
 from gatl.data.source import Source, Split, in_memory
+from gatl.errors import UserError
 
 _ARRAYS = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -41,8 +42,10 @@ def load(root: str, n_classes: int) -> Source:
         The official splits: 50,000 train and 10,000 test images.
 
     Raises:
-        UserError: If the files cannot be had.
+        UserError: If the files cannot be had, or there is no such CIFAR.
     """
+    if n_classes not in (10, 100):
+        raise UserError(f"data.source.n_classes must be 10 or 100, but got {n_classes!r}.")
     path = Path(root).expanduser()
     with torchvision_dataset(f"CIFAR-{n_classes}", path):
         from torchvision.datasets import CIFAR10, CIFAR100

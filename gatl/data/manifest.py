@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gatl.data.images import PreparedData
 from gatl.errors import UserError, printable
+from gatl.files import csv_of, write_whole
 
 MANIFEST = "images.csv"
 COLUMNS = ("split", "class", "image", "digest", "error")
@@ -31,10 +32,7 @@ def keep_or_compare(data: PreparedData, folder: Path) -> None:
     """
     path, rows = folder / MANIFEST, _rows(data)
     if not path.is_file():
-        new = path.with_name(f".{path.name}.new")
-        with new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-        new.replace(path)
+        write_whole(path, csv_of([COLUMNS, *rows]))
     elif (changes := _changes(_read(path), rows)) is not None:
         raise UserError(
             f"The images are not those that this run began with: {changes}. Bring them back as "
@@ -103,7 +101,7 @@ def _read(path: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             header, *rows = (tuple(row) for row in csv.reader(file))
-    except (csv.Error, ValueError) as error:
+    except (csv.Error, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it from a copy.") from error
     if header != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
         raise UserError(f"{path} is damaged: its columns must be {', '.join(COLUMNS)}.")

@@ -18,13 +18,13 @@ from typing import Any
 
 import safetensors
 import torch
-from hydra.utils import get_method
 from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.models import DenseNet121_Weights
 
 from gatl.errors import UserError
 from gatl.models.weights import Weights, backbone_of
+from gatl.targets import call
 
 CARD_KEY = "gatl.card"
 """Where the header of a weights file holds its card, as JSON."""
@@ -61,9 +61,8 @@ def read_weights(spec: str, sources: Mapping[str, Any]) -> Weights | None:
 def _read(spec: str, sources_json: str) -> Weights:
     sources: dict[str, dict[str, Any]] = json.loads(sources_json)
     if (source := sources.get(spec)) is not None:
-        arguments = {key: value for key, value in source.items() if key != "_target_"}
         try:
-            return _sound(get_method(source["_target_"])(**arguments))
+            return _sound(call(source))
         except UserError:
             raise
         except Exception as error:  # networks, disks and files have many ways to fail
@@ -113,6 +112,8 @@ def _sound(weights: Weights) -> Weights:
             raise UserError("It holds no state dict of tensors.")
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             raise UserError(f"Its tensor {name} is no plain one.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"Its tensor {name} is larger than what the file holds of it.")
         if not bool(tensor.isfinite().all()):
             raise UserError(f"Its tensor {name} holds NaN or infinity.")
     return weights
@@ -128,8 +129,11 @@ def read_safetensors(path: Path) -> Weights:
         card = (file.metadata() or {}).get(CARD_KEY, "{}")
         try:
             card = json.loads(card)
-            if not isinstance(card, dict) or not isinstance(card.get("se", {}), dict):
+            if not isinstance(card, dict):
                 raise ValueError("no object")
+            for name in ("backbone", "preprocessing", "se"):
+                if not isinstance(card.get(name, {}), dict):
+                    raise ValueError(f"its {name} is no object")
         except ValueError as error:
             raise SafetensorError(f"its card cannot be read: {error}") from error
         return Weights({name: file.get_tensor(name) for name in file.keys()}, card)  # noqa: SIM118

@@ -108,6 +108,14 @@ def test_other_splits_are_told(photos: Path, tmp_path: Path) -> None:
         keep_or_compare(prepared(photos, tmp_path), tmp_path)
 
 
+def test_any_name_is_the_same_the_next_time(photos: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("x\ry", "x\ny", "x\r\ny", "x,y", 'x"y', "x;'y", " ")):
+        put(photos / "a" / f"{name}.png", 100 + i)
+    keep_or_compare(prepared(photos, tmp_path), tmp_path)
+    keep_or_compare(prepared(photos, tmp_path), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["arrays", "images.csv", "photos"]
+
+
 @pytest.mark.parametrize("content", ["", "split,class\n", "split,class,image,digest,error\na,b\n"])
 def test_a_damaged_list_is_one_line(photos: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content)

@@ -125,10 +125,14 @@ def test_a_checkpoint_by_gatl_brings_its_se(tmp_path: Path) -> None:
             assert torch.equal(network.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "card", "list"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "card", "list", "backbone", "preprocessing", "se", "null"]
+)
 def test_a_damaged_safetensors_file(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "own.safetensors"
-    card = {"card": "{", "list": "[]"}.get(damage, "{}")
+    cards = {"card": "{", "list": "[]", "backbone": '{"backbone": 5}', "se": '{"se": ["x"]}'}
+    cards |= {"preprocessing": '{"preprocessing": 3}', "null": '{"preprocessing": null}'}
+    card = cards.get(damage, "{}")
     save_file(dict(own(small()).tensors), path, metadata={CARD_KEY: card})
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1])
