@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, Protocol
 import lightning
 import psutil
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -42,7 +41,7 @@ from gatl.data.images import PreparedData
 from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
 from gatl.features import CachedPrefix, cached_prefix
-from gatl.files import is_unwritable, write_whole, writing
+from gatl.files import is_passing, is_unwritable, write_whole, writing
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
 from gatl.models.weights import LoadReport, differences, load, require_backbone
@@ -136,7 +135,9 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """Read a checkpoint; None if there is none, or it is damaged."""
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
+        if is_passing(error) or is_out_of_memory(error):
+            raise
         return None
     return content
 
@@ -314,13 +315,13 @@ def build_trainer(
 
 def _build_logger(config: Config, folder: Path) -> Logger:
     try:
-        logger: Logger = instantiate(
-            config.logger, save_dir=str(folder.parent), name="", version=folder.name
-        )
-    except InstantiationException as error:
-        hint = "logger=tensorboard needs pip install 'gatl[tensorboard]'"
-        reason = " ".join(str(error.__cause__).split())
-        raise UserError(f"The logger cannot be made ({hint}): {reason}") from error
+        # Called by ourselves: Hydra would resolve what stands in the folder's name.
+        build = instantiate(config.logger, _partial_=True, _convert_="all")
+        logger: Logger = build(save_dir=str(folder.parent), name="", version=folder.name)
+    except Exception as error:  # a target may raise anything
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = " (logger=tensorboard needs pip install 'gatl[tensorboard]')" if missing else ""
+        raise UserError(f"The logger cannot be made{hint}: {reason(error)}") from error
     there = logger.log_dir  # None: it writes no files
     if there is not None and not Path(there).resolve().is_relative_to(folder.resolve()):
         raise UserError(
@@ -356,12 +357,13 @@ class Fitter:
         """
         started = time.monotonic()
         outcome = self._try(fit)
-        if outcome.error == OUT_OF_MEMORY and can_be_parted(self._config):
+        whole = outcome.micro_batch is None
+        if outcome.error == OUT_OF_MEMORY and whole and can_be_parted(self._config):
             free_memory()
             outcome = self._try(fit, PARTS)
-            if outcome.error == OUT_OF_MEMORY:
-                error = f"{OUT_OF_MEMORY}, or evaluator.workers (half a batch was too much as well)"
-                outcome = replace(outcome, error=error)
+        if outcome.error == OUT_OF_MEMORY and outcome.micro_batch is not None:
+            error = f"{OUT_OF_MEMORY}, or evaluator.workers (half a batch was too much as well)"
+            outcome = replace(outcome, error=error)
         _collect()
         if outcome.stopped:
             return outcome
@@ -369,9 +371,11 @@ class Fitter:
 
     def _try(self, fit: Fit, n_parts: int = 1) -> Outcome:
         classifier: Classifier | None = None
-        cache: list[CachedPrefix] = []
         checkpoint = fit.folder / CHECKPOINT
         try:
+            kept = read_checkpoint(checkpoint)
+            if kept is not None:  # what began in parts ends in parts
+                n_parts = max(n_parts, kept.get("n_parts", 1))
             torch.manual_seed(fit.seed)
             classifier, report = build_classifier(self._config, self._data, fit.genes)
             classifier.train_in_parts(n_parts)
@@ -389,13 +393,17 @@ class Fitter:
                 trainer.fit(
                     classifier,
                     datamodule=build_data(self._config, self._data, fit.seed, n_parts),
-                    ckpt_path=checkpoint if read_checkpoint(checkpoint) else None,
+                    ckpt_path=None if kept is None else checkpoint,
                     weights_only=True,
                 )
             if fit.goes_on:
                 trainer.save_checkpoint(checkpoint)
             best = min(classifier.epochs, key=lambda epoch: epoch["val_loss"])
-            outcome = Outcome(val_loss=best["val_loss"], val_accuracy=best["val_accuracy"])
+            outcome = Outcome(
+                val_loss=best["val_loss"],
+                val_accuracy=best["val_accuracy"],
+                uncached=bool(cache) and not classifier.behind_prefix,
+            )
         except UserError:
             raise
         except FitStopped:
@@ -405,17 +413,25 @@ class Fitter:
         except Exception as error:  # whatever one fit meets must not end the search
             if is_unwritable(error):
                 raise
-            fit.folder.mkdir(parents=True, exist_ok=True)
-            (fit.folder / "error.txt").write_text(traceback.format_exc())
+            write_trace(fit.folder)
             outcome = Outcome(error=reason(error))
+        if classifier is None:
+            return outcome
         return replace(
             outcome,
-            epochs=len(classifier.epochs) if classifier else 0,
-            trainable_params=classifier.network.n_trainable if classifier else None,
-            total_params=classifier.network.n_parameters if classifier else None,
-            uncached=bool(cache and classifier and not classifier.behind_prefix),
-            micro_batch=micro_batch(self._config, classifier) if classifier else None,
+            epochs=len(classifier.epochs),
+            trainable_params=classifier.network.n_trainable,
+            total_params=classifier.network.n_parameters,
+            micro_batch=micro_batch(self._config, classifier),
         )
+
+
+def write_trace(folder: Path) -> None:
+    """Keep the traceback of the exception that is handled, in ``error.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "error.txt"
+    with writing(path):
+        path.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
 
 
 def reason(error: Exception) -> str:
@@ -493,12 +509,20 @@ def _start_worker(config: Config, data: PreparedData, stop: Event, device: int) 
 
 
 def _end_with_driver() -> None:
-    """End this worker when the driver is killed: nobody would ever ask it for anything again."""
+    """End this worker when nobody will ever ask it for anything again."""
     driver = multiprocessing.parent_process()
     if driver is not None:
-        driver.join()
-        shutil.rmtree(get_temp_dir(), ignore_errors=True)  # the driver's, where sockets lie
+        driver.join()  # ends, too, when a driver that lives gives this worker up
+        if not _lives(driver.pid):
+            shutil.rmtree(get_temp_dir(), ignore_errors=True)  # the driver's, where sockets lie
         os._exit(1)
+
+
+def _lives(pid: int | None) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _fit_in_worker(fit: Fit) -> Outcome:
@@ -600,6 +624,7 @@ class LocalEvaluator:
 
         Raises:
             UserError: If a fit says that none can work.
+            OSError: If the disk is full.
         """
         done, _ = concurrent.futures.wait(
             self._running, timeout, return_when=concurrent.futures.FIRST_COMPLETED
@@ -621,8 +646,8 @@ class LocalEvaluator:
                     self.submit(key, fit)
                     continue
                 else:
-                    reason = "its worker process died twice, killed perhaps for want of memory"
-                    outcome = Outcome(error=reason)
+                    error = "its worker process died twice, killed perhaps for want of memory"
+                    outcome = Outcome(error=error)
             self._lost.pop(key, None)
             ended.append((key, outcome))
         return sorted(ended, key=lambda pair: pair[0])

@@ -1,6 +1,5 @@
 """The driver of a search: ask, evaluate, tell, until the budget is spent."""
 
-import re
 import shutil
 import threading
 import time
@@ -41,9 +40,6 @@ MAX_FAILURES = 5
 
 By number, because the largest networks start first and are the first to find no memory.
 """
-
-_PARTICULARS = re.compile(r"'[^']*'|\d+")
-"""What differs in failures of one kind: names, of files mostly, and numbers."""
 
 _LATEST = 200
 """Fits that tell what others cost; more would tell no more."""
@@ -104,7 +100,8 @@ class Search:
         self._costs: deque[Cost] = deque(maxlen=_LATEST)  # of the fits that ended last
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
         self._any_complete = False  # in this session: the first fit always finishes
-        self._failures: list[int] = []  # in a row, of one kind, the last of the leading trials
+        self._failures: list[str] = []  # kinds, in a row, of the last of the leading trials
+        self._stuck: int | None = None  # the trial whose failure was one too many
 
     def run(self) -> Ending:
         """Search until the budget is spent, or the user stops it.
@@ -155,7 +152,7 @@ class Search:
                 self._enqueue(self._whole(trial))
         self._longest_first()
         self._publish()
-        self._failures.clear()  # what was wrong may be mended
+        self._failures, self._stuck = [], None  # what was wrong may be mended
         self._view.resumed(self._trials)
 
     def _whole(self, trial: FrozenTrial) -> FrozenTrial:
@@ -287,8 +284,10 @@ class Search:
             return
         self._tell(number, outcome)
         self._any_complete |= outcome.error is None
-        if len(self._failures) >= MAX_FAILURES:
-            last = self._failures[-1]
+
+    def _require_some_success(self) -> None:
+        if self._stuck is not None:
+            last = self._stuck
             trace = self._fit_folder(last) / "error.txt"
             seen = f" (see {trace})" if trace.is_file() else ""
             raise UserError(
@@ -304,6 +303,7 @@ class Search:
         self._learn(trial)
         self._publish()
         self._view.ended(trial)
+        self._require_some_success()
 
     def _learn(self, trial: FrozenTrial) -> None:
         """Remember a result that counts for equal chromosomes; its fit will not go on."""
@@ -332,19 +332,20 @@ class Search:
     def _publish(self) -> None:
         trials = self._trials
         while self._n_leading < len(trials) and trials[self._n_leading].state.is_finished():
-            outcome = outcome_of(trials[self._n_leading])
-            if outcome.error is None:
-                self._failures.clear()
-            elif not outcome.diverged:
-                self._count_failure(self._n_leading)
+            self._count_failure(self._n_leading)
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
 
     def _count_failure(self, number: int) -> None:
-        """Add a failure to those before it; one of another kind begins anew."""
-        row = [*self._failures, number]
-        kinds = {_PARTICULARS.sub("", outcome_of(self._trials[n]).error or "") for n in row}
-        self._failures = row if len(kinds) == 1 else [number]
+        """Count failures in a row; one of another kind begins anew, and a fit that ends clears."""
+        outcome = outcome_of(self._trials[number])
+        if outcome.error is None:
+            self._failures.clear()
+        elif not outcome.diverged:
+            kind = outcome.error.partition(":")[0]  # the exception; what follows are particulars
+            self._failures = [*(k for k in self._failures if k == kind), kind]
+            if len(self._failures) >= MAX_FAILURES and self._stuck is None:
+                self._stuck = number
 
     @property
     def _askable(self) -> bool:

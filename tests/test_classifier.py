@@ -363,6 +363,14 @@ def refuse(*args: object) -> None:
     pytest.fail("too late")
 
 
+def test_buffers_that_are_in_no_state_dict_count_too(prepared):
+    classifier = build()
+    classifier.network.register_buffer("scale", torch.tensor([1.0, math.nan]), persistent=False)
+    classifier.network.register_buffer("nothing", torch.zeros(0))
+    with pytest.raises(Diverged, match="diverged: scale is not finite"):
+        classifier._require_finite_weights(frozen=True)
+
+
 @pytest.mark.parametrize("name", ["layers.3.dense.norm1.running_var", "classifier.bias"])
 @pytest.mark.parametrize("batches_between", [2, 1000])
 def test_weights_that_become_infinite_are_divergence_though_the_losses_are_finite(

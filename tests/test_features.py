@@ -248,6 +248,7 @@ def test_features_that_are_not_finite_end_the_fit_and_are_not_kept(
     outcome = Fitter(configure(), cached, stop)(fit)
     assert outcome.error == "diverged: what the frozen layers give is not finite"
     assert outcome.diverged
+    assert not outcome.uncached  # there was room
     assert [path for path in cached.features.iterdir() if path.suffix != ".lock"] == []
 
 

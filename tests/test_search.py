@@ -428,6 +428,19 @@ def test_five_failures_in_a_row_stop_the_search(tmp_path):
     assert {n for n in states if states[n] == "FAIL"} == set(run.evaluator.fits)
 
 
+def test_five_failures_in_a_row_stop_the_search_in_whatever_order_they_come(tmp_path):
+    """The sixth trial has ended well before the fifth failure is known."""
+
+    def evaluate(fit):
+        return fails(fit) if int(fit.folder.name) < 5 else plain(fit)
+
+    for workers in (1, 6):
+        (tmp_path / str(workers)).mkdir()
+        evaluator = FakeEvaluator(workers, evaluate=evaluate)
+        with pytest.raises(UserError, match=r"5 trials in a row .* the last, 4: OSError"):
+            Run(tmp_path / str(workers), evaluator)()
+
+
 def in_turn(*errors):
     """Fail for these reasons, by the trial's number."""
     return lambda fit: Outcome(error=errors[int(fit.folder.name) % len(errors)])

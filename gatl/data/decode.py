@@ -10,13 +10,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from gatl.data.source import ImageLike
-from gatl.errors import printable
+from gatl.errors import UserError, printable
+from gatl.files import is_passing
 
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 """Formats for pictures; Pillow also reads documents, by another program, icons, fonts and films."""
 
 MAX_PIXELS = 178_956_970
 """Pillow's own limit, for a JPEG as well: 0.7 GB in each thread that decodes."""
+COSTLY = 4
+"""So many times fewer may be those that take more: transparent, of 16 bits or more, of floats."""
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -36,7 +39,8 @@ def to_rgb(image: ImageLike, size: int, interpolation: str = "bicubic") -> npt.N
     16 bits, stretched from their minimum to their maximum.
 
     A file is refused by its header if it would be more than `MAX_PIXELS` when it is
-    decoded; a JPEG may be larger, since libjpeg scales it down, to no less than an eighth.
+    decoded, see `COSTLY`; a JPEG may be larger, since libjpeg scales it down, to no less than
+    an eighth.
 
     Args:
         image: A file of one of `FORMATS`, an image, or an array, see `ImageLike`.
@@ -48,7 +52,9 @@ def to_rgb(image: ImageLike, size: int, interpolation: str = "bicubic") -> npt.N
 
     Raises:
         UndecodableImage: If the image cannot be read.
+        UserError: If that is no fault of the image: for want of memory, say.
     """
+    name = image if isinstance(image, Path) else f"an image of {type(image).__name__}"
     try:
         if isinstance(image, Path):
             with _opened(image) as opened:
@@ -59,7 +65,11 @@ def to_rgb(image: ImageLike, size: int, interpolation: str = "bicubic") -> npt.N
             return _square(Image.fromarray(image), size, interpolation)
         return _square(ImageOps.exif_transpose(image), size, interpolation)
     except Exception as error:  # what Pillow's plugins raise for damaged files has no end
-        name = image if isinstance(image, Path) else f"an image of {type(image).__name__}"
+        if is_passing(error):
+            reason = getattr(error, "strerror", None) or "there is not enough memory"
+            raise UserError(
+                f"{name} cannot be read now ({reason}): when that has passed, try again."
+            ) from error
         raise UndecodableImage(printable(f"{name} cannot be decoded: {_reason(error)}")) from error
 
 
@@ -101,9 +111,11 @@ def _draft(image: Image.Image, size: int) -> None:
     image.draft(None, (size, size))
     if "progressive" not in image.info:  # else libjpeg keeps the whole, however small it scales
         width, height = image.size
-    if width * height > MAX_PIXELS:
+    costly = image.has_transparency_data or image.mode[0] in "FI"  # F, I and I;16
+    limit = MAX_PIXELS // COSTLY if costly else MAX_PIXELS
+    if width * height > limit:
         raise Image.DecompressionBombError(
-            f"{width} x {height} pixels are more than the {MAX_PIXELS} that can be decoded"
+            f"{width} x {height} pixels are more than the {limit} that can be decoded"
         )
 
 
@@ -124,9 +136,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Scale the pixels of the modes I;16, I and F, see `to_rgb`."""
-    pixels = np.nan_to_num(np.asarray(image).astype(np.float64))
+    pixels = np.nan_to_num(np.asarray(image).astype(np.float32), copy=False)
     low, high = pixels.min(), pixels.max()
     white = {"F": 1.0 if high <= 1 else 255.0}.get(image.mode, 65535.0)
     if low < 0 or high > white:
         pixels, white = pixels - low, (high - low) or 1.0
-    return np.rint(pixels * (255 / white)).astype(np.uint8)
+    pixels *= 255 / white
+    return np.rint(pixels, out=pixels).astype(np.uint8)

@@ -296,9 +296,9 @@ def prepare(
     for name, ready in prepared.items():
         n_left = len(np.unique(ready.labels))
         if n_left < (len(source.classes) if name == "train" else 1):
+            first = next(image for image in skipped if image.split == name)
             raise UserError(
-                f"Too many images of the {name} split cannot be decoded; the first: "
-                f"{skipped[0].error}."
+                f"Too many images of the {name} split cannot be decoded; the first: {first.error}."
             )
     return PreparedData(
         classes=source.classes,
@@ -417,8 +417,8 @@ def _check_bad(
         of_class = [image for image in skipped if image.label == index]
         groups.append((f"class {name!r}", int((labels == index).sum()), of_class))
     for what, n, bad in groups:
-        if len(bad) > max_bad * n:
+        if len(bad) > max_bad * n + 1e-9:  # 0.29 of 100 is less than 29, in floats
             raise UserError(
                 f"{len(bad)} of the {n} images of {what} cannot be decoded, but data.max_bad="
-                f"{max_bad:g} allows {max_bad:.0%}; the first: {bad[0].error}."
+                f"{max_bad:g} allows {100 * max_bad:.3g}%; the first: {bad[0].error}."
             )

@@ -1,6 +1,7 @@
 """Every kind of image becomes correct RGB: pixel values, not only shapes."""
 
 import contextlib
+import errno
 import io
 import os
 import struct
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from gatl.data.decode import UndecodableImage, to_rgb
-from gatl.errors import printable
+from gatl.errors import UserError, printable
 
 SIDE = 32
 COLOURS = {"red": (200, 30, 40), "green": (20, 180, 60), "blue": (40, 50, 210), "grey": (120,) * 3}
@@ -31,6 +32,23 @@ def quadrants(side: int = SIDE) -> npt.NDArray[np.uint8]:
 
 def off_by(a: npt.NDArray[np.uint8], b: npt.NDArray[np.generic]) -> int:
     return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.EMFILE, os.strerror(errno.EMFILE)), OSError(5, "I/O")]
+)
+def test_a_fault_that_passes_does_not_make_an_image_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    path = save(tmp_path / "a.png", Image.fromarray(quadrants()))
+
+    def fail(*args: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=r"a\.png cannot be read .*try again") as caught:
+        to_rgb(path, SIDE)
+    assert not isinstance(caught.value, UndecodableImage)
 
 
 def save(path: Path, image: Image.Image, **options: Any) -> Path:

@@ -143,6 +143,26 @@ def test_too_many_bad_images_stop_the_run(tmp_path: Path) -> None:
         run(source, tmp_path / "out", max_bad=1)
 
 
+def test_the_share_of_bad_images_may_be_exactly_that(tmp_path: Path) -> None:
+    source = photos(tmp_path / "in", {"a": 100, "b": 100})
+    for name in "ab":
+        for i in range(29):
+            (tmp_path / "in" / name / f"{i:03}.png").write_text("x")
+    assert len(run(source, tmp_path / "out", max_bad=0.29).skipped) == 58
+    with pytest.raises(UserError, match=r"allows 28\.9%"):
+        run(source, tmp_path / "out", max_bad=0.289)
+
+
+def test_the_bad_image_that_is_named_is_one_of_the_split(tmp_path: Path) -> None:
+    whole = photos(tmp_path / "in", {"a": 20, "b": 20})
+    last = whole.train.subset(np.array([19, 39]))
+    first = whole.train.subset(np.array([*range(19), *range(20, 39)]))
+    for path in (first.images[0], *last.images):
+        Path(path).write_text("x")
+    with pytest.raises(UserError, match=r"of the test split .*: .*a/019\.png cannot be decoded"):
+        run(Source(whole.classes, first, test=last), tmp_path / "out", max_bad=1)
+
+
 def test_an_interrupted_decoding_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
