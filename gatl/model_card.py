@@ -21,7 +21,7 @@ _STRATEGIES = {
     "gatl.strategies.annealing.Annealing": "Simulated annealing",
     "gatl.strategies.regularized_evolution.RegularizedEvolution": "Regularized evolution",
 }
-_MARKUP = re.compile(r"[\\`*_{}\[\]()<>#+\-.!|~&$:@]")
+_MARKUP = re.compile(r"[\\`*_\[\]<>#|~&$:@]")  # within a line; a name never begins one
 
 _USE = """\
 `RUN` is the folder of this file; gatl must be installed.
@@ -94,7 +94,7 @@ def _data(result: Mapping[str, Any], name: str) -> list[str]:
     left_out = images["left_out"]
     bad = f" {format_count(left_out, 'image')} could not be decoded." if left_out else ""
     return [
-        f"The data set {name}; training fitted the weights, validation chose among chromosomes "
+        f"Data set: {name}. Training fitted the weights, validation chose among chromosomes "
         f"and epochs, and the test split measured the result.{bad}",
         _table(
             ("class", "training", "validation", "test"),
@@ -107,21 +107,21 @@ def _search(result: Mapping[str, Any], config: Config) -> list[str]:
     sampler = config.search.get("sampler")  # Optuna's, within gatl's own strategy for them
     target = (sampler if isinstance(sampler, Mapping) else config.search).get("_target_", "")
     strategy = _STRATEGIES.get(target) or _text(target.rpartition(".")[2])
-    final, settings, weights = result["final"], config.final, result["weights"]["from"]
-    start = "random ones" if weights == "none" else _text(Path(weights).name)
+    final, weights = result["final"], result["weights"]["from"]
+    start = "random weights" if weights == "none" else f"the weights {_text(Path(weights).name)}"
     ranges = {gene.name: gene for gene in config.space.genes}
     rows = [
         (_text(name), format_value(value), _range(ranges[name].low, ranges[name].high))
         for name, value in result["best"]["genes"].items()
     ]
     return [
-        f"{strategy} chose how to fine-tune {_text(config.model.name)} from the weights {start}: "
+        f"{strategy} chose how to fine-tune {_text(config.model.name)} from {start}: "
         f"{format_count(result['trials'], 'trial')} of up to "
         f"{format_count(config.trainer.max_epochs, 'epoch')}, "
-        f"{result['evaluations']} of them fitted. The best "
-        f"{min(settings.top_k, len(result['reevaluation']))} were evaluated again with "
-        f"{format_count(settings.seeds, 'fresh seed')} each. The one with the lowest mean "
-        f"validation loss, trial {result['best']['trial']}, was trained for "
+        f"{result['evaluations']} of them fitted. Of the best "
+        f"{format_count(len(result['reevaluation']), 'chromosome')}, evaluated again with "
+        f"{format_count(config.final.seeds, 'fresh seed')} each, that of trial "
+        f"{result['best']['trial']} had the lowest mean validation loss. It was trained for "
         f"{format_count(final['epochs'], 'epoch')}; epoch {final['best_epoch']} is kept. All of "
         f"this took {format_duration(result['seconds'])}.",
         _table(("gene", "value", "searched"), rows),
@@ -186,7 +186,7 @@ def _origin(result: Mapping[str, Any]) -> str:
         ("", ""),
         [
             ("seed", result["seed"]),
-            ("finished", _text(result["finished"])),
+            ("finished", result["finished"]),
             ("versions", ", ".join(versions)),
             ("hardware", f"{format_count(hardware['cores'], 'core')}, {gpus}"),
         ],
