@@ -2,8 +2,22 @@
 
 import importlib.util
 import sys
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from gatl.inference import load
+
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - the language's protocol
+    """Import `load` when it is first asked for: it needs torch, which takes seconds."""
+    if name == "load":
+        from gatl.inference import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _require_packages() -> None:

@@ -170,6 +170,37 @@ def help_requested(words: Sequence[str], text: str) -> bool:
     return False
 
 
+def settings_in(
+    words: Sequence[str], needed: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, str]:
+    """Read the ``KEY=VALUE`` words of a command that composes no configuration.
+
+    Args:
+        words: The command line, without ``trust=``.
+        needed: The keys that must be there.
+        optional: Those that may be.
+
+    Returns:
+        The value of each key that was given, as it stands.
+
+    Raises:
+        UserError: If a word is none of these, or if a key is missing or given twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in (*needed, *optional):
+            valid = ", ".join(f"{name}=" for name in (*needed, *optional, "trust"))
+            raise UserError(f"{word!r} is no word of this command, which takes {valid}.")
+        if key in found:
+            raise UserError(f"{key}= is given twice: {found[key]} and {value}.")
+        found[key] = value
+    for key in needed:
+        if not found.get(key):
+            raise UserError(f"{key}= is missing; see --help.")
+    return found
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print a `UserError` as one line and exit with status 1.

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what a full disk says."""
+"""Files that are there whole or not at all, what a full disk says, and where a model lies."""
 
 import contextlib
 import csv
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 from gatl.errors import UserError
 
+CHECKPOINT = "best.ckpt"
 _PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
@@ -85,3 +86,27 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checkpoint_in(run: str | Path) -> Path:
+    """Return the checkpoint of a run's final model.
+
+    Args:
+        run: The run folder, or a checkpoint; ``~`` is the home folder.
+
+    Raises:
+        UserError: If there is none.
+    """
+    path = Path(run)
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"run={run} is neither a run folder nor a checkpoint.")
+    if not (path / CHECKPOINT).is_file():
+        raise UserError(
+            f"run={run} holds no {CHECKPOINT}: if it is a run folder, make its final model with "
+            f"python -m gatl.final run={run}"
+        )
+    return path / CHECKPOINT

@@ -46,6 +46,7 @@ from gatl.cli import (
     resumed,
 )
 from gatl.config import Config
+from gatl.data.images import PreparedData
 from gatl.errors import UserError, printable
 from gatl.evaluation import (
     PARTS,
@@ -68,6 +69,7 @@ from gatl.evaluation import (
     write_trace,
 )
 from gatl.files import csv_of, is_unwritable, unwritable, write_whole, writing
+from gatl.model_card import MODEL_CARD, describe
 from gatl.outcome import Outcome
 from gatl.progress import (
     format_count,
@@ -215,6 +217,7 @@ def finish(session: Session) -> float:
         "seconds": round(seconds, 1),
         "seed": session.config.seed,
         "classes": list(session.data.classes),
+        "images": _counts(session.data),
         "weights": {
             "from": session.config.model.weights,
             **training.pop("weights"),
@@ -227,7 +230,8 @@ def finish(session: Session) -> float:
     }
     # Copied, not moved: whoever is killed before all is written finds what the training left.
     write_whole(folder / "best.ckpt", (_fit_folder(session, winner) / "best.ckpt").read_bytes())
-    _write_json(folder / "result.json", result)
+    write_whole(folder / MODEL_CARD, describe(result, session.config).encode())
+    _write_json(folder / "result.json", result)  # last: with it the model is made
     for candidate in candidates:  # the logs stay
         for name in ("best.ckpt", "last.ckpt", "training.json"):
             (_fit_folder(session, candidate) / name).unlink(missing_ok=True)
@@ -645,6 +649,16 @@ def _whereabouts(folder: Path) -> str:
         f"All figures:  {folder / 'result.json'}\n"
         f"Every trial:  {folder / 'history.csv'}"
     )
+
+
+def _counts(data: PreparedData) -> dict[str, Any]:
+    """Count the images of each class in each split, and those that are left out."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    counts = {
+        name: np.bincount(split.labels, minlength=len(data.classes)).tolist()
+        for name, split in splits.items()
+    }
+    return counts | {"left_out": len(data.skipped)}
 
 
 def _versions() -> dict[str, str]:

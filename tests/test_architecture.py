@@ -23,12 +23,16 @@ CHAINS = (
 
 # Typing errors, strategies and reading a record must not wait seconds for torch.
 WITHOUT_TORCH = (
+    "gatl",
     "gatl.chromosome",
     "gatl.cli",
     "gatl.config",
     "gatl.data.folder",
     "gatl.data.images",
+    "gatl.export",
+    "gatl.model_card",
     "gatl.outcome",
+    "gatl.predict",
     "gatl.ranking",
     "gatl.record",
     "gatl.compare",

@@ -28,6 +28,7 @@ from gatl.data.source import Source, Split
 from gatl.errors import UserError
 from gatl.evaluation import fit_seed, silence
 from gatl.final import finish, measure, reevaluate
+from gatl.model_card import describe
 from gatl.outcome import Outcome
 from gatl.record import open_study, tell
 from gatl.session import Session
@@ -314,6 +315,17 @@ def test_result_json_has_what_the_contract_names(result):
     assert result["seconds"] > 0
 
 
+def test_the_model_card_stands_beside_it(made, data, result):
+    card = (made.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert card == describe(result, made.config)
+    assert result["images"] == {
+        **{name: np.bincount(getattr(data, name).labels).tolist() for name in ("train", "val")},
+        "test": [row["n"] for row in result["test"]["per_class"]],
+        "left_out": 0,
+    }
+    assert sum(map(sum, list(result["images"].values())[:3])) == 60
+
+
 def test_evaluations_are_the_trials_that_were_run(tmp_path, data, monkeypatch):
     session = session_in(tmp_path, data, losses=(0.5,))
     session.study.ask(session.strategy.distributions())
@@ -364,7 +376,7 @@ def test_the_best_epoch_is_the_one_that_is_kept(made, data, result):
 
 def test_the_folder_holds_what_the_contract_names_and_nothing_odd(made):
     assert {path.name for path in made.folder.iterdir()} == {
-        *("study.journal", "result.json", "best.ckpt", "final")
+        *("study.journal", "result.json", "best.ckpt", "MODEL_CARD.md", "final")
     }
     assert {path.name for path in (made.folder / "final").iterdir()} == {
         *("confusion_matrix.csv", "fit", "learning_curve.csv", "predictions.csv"),

@@ -122,18 +122,10 @@ def _split_folders(root: Path) -> dict[str, Path] | None:
 
 def _split(root: Path, folder: Path) -> Split:
     """Collect the images of a split, class by class, each in sorted order."""
-    extensions = {e for e, name in Image.registered_extensions().items() if name in FORMATS}
-    members = {
-        label: sorted(
-            path
-            for path in _files(folder / label)
-            if path.suffix.lower() in extensions or _leads_nowhere(path)
-        )
-        for label in _folders(folder)
-    }
+    members = {label: images_below(folder / label) for label in _folders(folder)}
     if not any(members.values()):
         raise UserError(
-            f"{folder} holds no images; files that end in {', '.join(sorted(extensions))} count."
+            f"{folder} holds no images; files that end in {', '.join(extensions())} count."
         )
     for label, paths in members.items():
         if not paths:
@@ -142,6 +134,26 @@ def _split(root: Path, folder: Path) -> Split:
     labels = np.repeat(np.arange(len(members)), [len(paths) for paths in members.values()])
     names = [path.relative_to(root).as_posix() for path in images]
     return Split(images, labels.astype(np.int64), names)
+
+
+def extensions() -> list[str]:
+    """Return, sorted, the endings of file names that make a file an image."""
+    return sorted(e for e, name in Image.registered_extensions().items() if name in FORMATS)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Find the images in a folder and in those below it, as `load` does for a class.
+
+    Returns:
+        Their paths, sorted, which begin with the folder's.
+
+    Raises:
+        UserError: If a folder cannot be read.
+    """
+    known = set(extensions())
+    return sorted(
+        path for path in _files(folder) if path.suffix.lower() in known or _leads_nowhere(path)
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

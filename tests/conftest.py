@@ -1,0 +1,98 @@
+"""What the tests of a final model in use share."""
+
+import threading
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from rich.console import Console
+
+from gatl import final
+from gatl.cli import compose
+from gatl.config import checked
+from gatl.data import folder as image_folder
+from gatl.data.images import prepare
+from gatl.evaluation import build_classifier, silence
+from gatl.session import Session
+
+CLASSES = ("<b>|`_[red]", "\x1b[31m stripes", "ünlike")
+
+
+class FinalRun(NamedTuple):
+    """A run folder, and where its images lie."""
+
+    folder: Path
+    images: Path
+
+
+def save_images(root: Path) -> None:
+    """Write images of every kind that a preparation could treat in two ways."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            height, width = rng.integers(20, 90, 2)
+            pixels = rng.integers(0, 120, (height, width, 4), np.uint8)
+            pixels[:, :, label] += 100
+            rgb = Image.fromarray(pixels[:, :, :3])
+            path = root / name / f"{i} ümage"
+            match i % 5:
+                case 0:
+                    rgb.save(f"{path}.png")
+                case 1:
+                    exif = Image.Exif()
+                    exif[0x0112] = 6  # lies on its side
+                    rgb.resize((400, 300)).save(f"{path}.jpg", exif=exif)
+                case 2:
+                    rgb.convert("L").save(f"{path}.png")
+                case 3:
+                    Image.fromarray(pixels).save(f"{path}.png")  # transparent
+                case 4:
+                    rgb.convert("P").save(f"{path}.gif")
+
+
+@pytest.fixture(scope="session")
+def final_run(tmp_path_factory: pytest.TempPathFactory) -> FinalRun:
+    """A run whose final model is untrained, but tested as that of any other run is."""
+    folder = tmp_path_factory.mktemp("runs") / "a run"
+    root = tmp_path_factory.mktemp("photos") / "all"
+    save_images(root)
+    composed = compose(
+        [
+            *("data=folder", f'data.root="{root}"', "model=lenet5", "trainer.accelerator=cpu"),
+            "model.interpolation=bilinear",
+        ]
+    )
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(composed, folder / ".hydra" / "config.yaml")
+    silence()
+    config = checked(composed)
+    scratch = tmp_path_factory.mktemp("scratch")
+    data = prepare(
+        image_folder.load(str(root)),
+        image_size=config.data.image_size,
+        interpolation=config.model.interpolation,
+        split_seed=0,
+        max_bad=0.0,
+        folder=scratch,
+    )
+    torch.manual_seed(0)
+    genes = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 1e-3, "dropout": 0.5}
+    classifier, _ = build_classifier(config, data, genes)
+    classifier.network.classifier.weight.data.mul_(20)  # probabilities that tell images apart
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.strategy.connect(classifier)
+    trainer.save_checkpoint(folder / "best.ckpt", weights_only=True)
+    nothing = None  # of the rest of a session a test needs none
+    console, event = Console(file=StringIO()), threading.Event()
+    session = Session(config, folder, data, nothing, nothing, nothing, console, event, event)
+    final.test(session, classifier)
+    return FinalRun(folder, root)
