@@ -513,6 +513,9 @@ def _end_with_driver() -> None:
     driver = multiprocessing.parent_process()
     if driver is not None:
         driver.join()  # ends, too, when a driver that lives gives this worker up
+        deadline = time.monotonic() + MOMENT / 2  # who is killed closes files before it is dead
+        while _lives(driver.pid) and time.monotonic() < deadline:
+            time.sleep(MOMENT / 50)
         if not _lives(driver.pid):
             shutil.rmtree(get_temp_dir(), ignore_errors=True)  # the driver's, where sockets lie
         os._exit(1)
