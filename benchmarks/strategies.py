@@ -70,6 +70,8 @@ WORST = 10.0
 """The val_loss of a search in which nothing has come to its end yet."""
 AT = (50, 100, 200)
 BASES = ("random", "tpe")
+FIRST_DRAWN = 10
+"""Trials before which the initial chromosomes tell most."""
 
 
 class Cell(NamedTuple):
@@ -323,35 +325,43 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     for place in dict.fromkeys((r["landscape"], r["family"], r["initial"]) for r in rows):
         mine = [r for r in rows if (r["landscape"], r["family"], r["initial"]) == place]
         numbers = list(mine[0]["regret"])
+        middle = numbers[len(numbers) // 2]
         header = [
-            *("strategy", "seeds", *(f"regret at {n}" for n in numbers)),
-            *(f"in random's time of {n}" for n in numbers),
-            *("rank", *(f"better than {b} at {n}" for b in BASES for n in numbers)),
+            *("strategy", *(f"regret at {n}" for n in numbers)),
+            *(f"in random's time of {middle}", "rank"),
+            *(f"better than {base} at {', '.join(numbers)}" for base in BASES),
         ]
         lines = [
             [
-                *(row["strategy"], str(row["seeds"])),
-                *(written(row["regret"][n]) for n in numbers),
-                *(f"{c['median']:.4f}" for c in row.get("regret_at_seconds", [])),
+                *(row["strategy"], *(written(row["regret"][n]) for n in numbers)),
+                *(f"{c['median']:.3f}" for c in row.get("regret_at_seconds", [])[1:2]),
                 "" if row["rank"] is None else f"{row['rank']:.1f}",
-                *(written_effect(row["effects"].get(b, {}).get(n)) for b in BASES for n in numbers),
+                *(
+                    ", ".join(written_effect(row["effects"][base][n]) for n in numbers)
+                    if base in row["effects"]
+                    else ""
+                    for base in BASES
+                ),
             ]
             for row in sorted(mine, key=lambda row: row["regret"][numbers[-1]]["mean"])
         ]
-        with_initial = "with" if place[2] else "without"
-        texts.append(f"{place[0]}, {place[1]}, {with_initial} initial chromosomes")
+        seeds = sorted({row["seeds"] for row in mine})
+        texts.append(
+            f"{place[0]}, {NAMES[place[1]]}, {'with' if place[2] else 'without'} initial "
+            f"chromosomes, {' or '.join(map(str, seeds))} seeds:"
+        )
         texts.append(table(header, *lines))
     return "\n\n".join(texts)
 
 
 def written(found: Mapping[str, float]) -> str:
     """Write what `center` returns."""
-    return f"{found['median']:.4f} ({found['low']:.4f} to {found['high']:.4f})"
+    return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
-def written_effect(found: Mapping[str, float] | None) -> str:
+def written_effect(found: Mapping[str, float]) -> str:
     """Write what `effect` returns: how often it is better, and a star where p is below 0.01."""
-    return "" if found is None else f"{found['better']:.0%}{'*' if found['p'] < 0.01 else ''}"
+    return f"{found['better']:.0%}{'*' if found['p'] < 0.01 else ''}"
 
 
 def draw(found: Mapping[Cell, Curves], path: Path) -> None:
@@ -363,11 +373,12 @@ def draw(found: Mapping[Cell, Curves], path: Path) -> None:
     for (landscape, family), (by_trials, by_time) in zip(places, axes, strict=True):
         mine = {c: v for c, v in found.items() if c[:3] == (landscape, family, True)}
         end = max(v.seconds[:, -1].mean() for v in mine.values())
-        times = np.linspace(end / 50, end, 200)
+        times = np.linspace(end * FIRST_DRAWN / 200, end, 200)
         for cell, curves in mine.items():
             style = {"color": f"C{names.index(cell.strategy)}", "label": cell.strategy}
-            numbers = np.arange(1, curves.regret.shape[1] + 1)
-            curve(by_trials, numbers, curves.regret, style)
+            style["lw"] = 2.4 if cell.strategy == "genetic" else 1.2
+            numbers = np.arange(FIRST_DRAWN, curves.regret.shape[1] + 1)
+            curve(by_trials, numbers, curves.regret[:, FIRST_DRAWN - 1 :], style)
             curve(by_time, times, curves.at_seconds(times), style)
         title = f"{landscape}, {NAMES[family]}"
         by_trials.set(title=title, xlabel="trials", ylabel="regret, nats of val_loss")
@@ -385,7 +396,7 @@ def curve(axis: Axes, x: Array, regrets: Array, style: Mapping[str, Any]) -> Non
     """Draw a median with its band, where every search has one."""
     whole_ones = ~np.isnan(regrets).any(0)
     low, high = band(regrets[:, whole_ones])
-    axis.plot(x[whole_ones], np.median(regrets[:, whole_ones], axis=0), lw=1.4, **style)
+    axis.plot(x[whole_ones], np.median(regrets[:, whole_ones], axis=0), **style)
     axis.fill_between(x[whole_ones], low, high, color=style["color"], alpha=0.15, lw=0)
 
 
