@@ -69,7 +69,7 @@ NAMES = {"trees": "gradient-boosted trees", "process": "Gaussian process"}
 WORST = 10.0
 """The val_loss of a search in which nothing has come to its end yet."""
 AT = (50, 100, 200)
-BASES = ("random", "tpe")
+BASES = ("random", "tpe", "genetic")
 FIRST_DRAWN = 10
 """Trials before which the initial chromosomes tell most."""
 

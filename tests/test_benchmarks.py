@@ -5,11 +5,13 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.torch
 from omegaconf import OmegaConf
@@ -285,3 +287,36 @@ def test_memory_measures_between_fits_and_finds_what_is_left(tmp_path, monkeypat
     assert memory.orphans([alive, dead, "psm_a"]) == [dead, "psm_a"]
     found["left_behind"] |= {"temporary files": [], "shared memory": [dead]}
     assert "| 0 | 0 | 0 | 1 |" in memory.markdown([{"workers": 1, **found}])
+
+
+def test_a_long_search_is_watched_from_outside(tmp_path):
+    """A process that takes ever more of everything shows so, in proportion to its trials."""
+    long = importlib.import_module("long")
+    (tmp_path / "run").mkdir()
+    script = """
+import pathlib, sys, threading, time
+folder, kept = pathlib.Path(sys.argv[1]), []
+(folder / "history.csv").write_text("header\\n")
+for trial in range(40):
+    kept += [open("/dev/null"), bytearray(2**20)]
+    threading.Thread(target=time.sleep, args=(99,), daemon=True).start()
+    with (folder / "study.journal").open("a") as file:
+        file.write("x" * 100)
+    with (folder / "history.csv").open("a") as file:
+        file.write("1\\n")
+    time.sleep(0.05)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")]) as process:
+        numbers = [4, 12, 20, 28, 400]  # the last never comes
+        seen = long.watch(psutil.Process(process.pid), tmp_path / "run", numbers)
+    rows = long.differences(seen)
+    assert [row["trials"] >= n for row, n in zip(rows, numbers[1:-1], strict=True)] == [True] * 3
+    first, *_, last = rows
+    trials = last["trials"] - first["trials"]
+    for name in ("files", "threads"):
+        assert abs(last[name] - first[name] - trials) <= 2
+    assert last["driver_mib"] - first["driver_mib"] > trials / 2
+    assert all(90 <= row["journal_bytes_per_trial"] <= 110 for row in rows)
+    assert all(row["folder_bytes_per_trial"] > row["journal_bytes_per_trial"] for row in rows)
+    assert {row["processes"] for row in rows} == {1}
+    assert long.markdown(rows).count("\n") == 4
