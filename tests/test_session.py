@@ -104,6 +104,14 @@ def test_images_that_have_changed_are_told_before_anything_is_fitted(tmp_path, m
         pass
 
 
+def test_that_the_list_of_images_is_gone_is_told(tmp_path):
+    for said in (False, True, False):
+        with open_run(tmp_path) as session:
+            assert ("images.csv is gone" in session.console.file.getvalue()) == said
+        if not said:
+            (tmp_path / "images.csv").unlink()
+
+
 def test_pictures_in_two_splits_are_told_and_stop_nothing(tmp_path, monkeypatch):
     few = digits.load()
     monkeypatch.setattr(digits, "load", lambda: Source(few.classes, few.train, test=few.train))

@@ -321,6 +321,22 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     assert reason(tmp_path / "a.jpg").startswith("20000 x 20000 pixels are more than the ")
 
 
+@pytest.mark.parametrize(("mode", "depth", "kind"), [("RGBA", 8, 6), ("I;16", 16, 0), ("LA", 8, 4)])
+def test_a_costly_bomb_is_refused_sooner(tmp_path: Path, mode: str, depth: int, kind: int) -> None:
+    """Alpha and 16 bits take several times the memory of plain pixels."""
+    header = struct.pack(">IIBBBBB", 7_000, 7_000, depth, kind, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(bytes(1000)), b"IEND": b""}
+    path = tmp_path / "a.png"
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, content in chunks.items():
+            check = struct.pack(">I", zlib.crc32(name + content))
+            file.write(struct.pack(">I", len(content)) + name + content + check)
+    with Image.open(path) as image:
+        assert image.mode == mode
+    assert reason(path) == "7000 x 7000 pixels are more than the 44739242 that can be decoded"
+
+
 def test_a_huge_jpeg_is_scaled_down_where_it_is_decoded(tmp_path: Path) -> None:
     """20,000 x 20,000 pixels are 1.6 GB, but an eighth of the side is all that is needed."""
     path = tmp_path / "a.jpg"
