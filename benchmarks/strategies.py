@@ -325,16 +325,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     for place in dict.fromkeys((r["landscape"], r["family"], r["initial"]) for r in rows):
         mine = [r for r in rows if (r["landscape"], r["family"], r["initial"]) == place]
         numbers = list(mine[0]["regret"])
-        middle = numbers[len(numbers) // 2]
+        at_middle = len(numbers) // 2
         header = [
             *("strategy", *(f"regret at {n}" for n in numbers)),
-            *(f"in random's time of {middle}", "rank"),
+            *(f"in random's time of {numbers[at_middle]}", "rank"),
             *(f"better than {base} at {', '.join(numbers)}" for base in BASES),
         ]
         lines = [
             [
                 *(row["strategy"], *(written(row["regret"][n]) for n in numbers)),
-                *(f"{c['median']:.3f}" for c in row.get("regret_at_seconds", [])[1:2]),
+                f"{row['regret_at_seconds'][at_middle]['median']:.3f}"
+                if "regret_at_seconds" in row
+                else "",
                 "" if row["rank"] is None else f"{row['rank']:.1f}",
                 *(
                     ", ".join(written_effect(row["effects"][base][n]) for n in numbers)

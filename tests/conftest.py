@@ -1,6 +1,8 @@
-"""What the tests of a final model in use share."""
+"""What tests share: a final model in use, and an environment that each leaves as it was."""
 
+import os
 import threading
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,16 @@ class FinalRun(NamedTuple):
 
     folder: Path
     images: Path
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """A command may set variables for the processes that it starts; other tests start some too."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def save_images(root: Path) -> None:

@@ -299,7 +299,7 @@ def test_strategies_compares_searches_and_goes_on(tmp_path, monkeypatch, capsys)
     run(monkeypatch, "strategies", *words)
     printed = capsys.readouterr()
     assert "12 searches, 12 to do" in printed.err
-    assert "bowl, process, with initial chromosomes" in printed.out
+    assert "bowl, Gaussian process, with initial chromosomes, 2 seeds" in printed.out
     result = json.loads((tmp_path / "r.json").read_text())
     assert len(result["rows"]) == 6
     for row in result["rows"]:
