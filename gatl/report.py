@@ -46,6 +46,8 @@ from gatl.run_folder import (
 )
 
 REPORT = "report.html"
+EXAMPLES = "examples"
+"""Folder in ``final/`` of small test images: N.png is that of row N of ``predictions.csv``."""
 RESULT = "result.json"
 HELP = """\
 gatl.report makes report.html in a run folder: what the search found and how
@@ -89,6 +91,7 @@ class Section:
     Attributes:
         title: Its heading.
         words: Paragraphs.
+        pictures: Small ones as ``data:`` URIs, each with its words.
         charts: Drawn beside one another where there is room.
         table: Below them.
     """
@@ -96,6 +99,7 @@ class Section:
     title: str
     words: Sequence[str] = ()
     charts: Sequence[Chart] = ()
+    pictures: Sequence[tuple[str, str]] = ()
     table: Table | None = None
 
 
@@ -428,8 +432,8 @@ def _importance(trials: Sequence[Trial], config: object) -> Section:
         [
             f"By Optuna's fANOVA (Hutter et al. 2014), from n = {len(usable)} completed trials: "
             f"the mean of {FANOVA_SEEDS} analyses with other seeds{each}, and as a line the "
-            "lowest and the highest. It is about the whole range that was searched, bad regions too, and a "
-            "search does not draw evenly from it."
+            "lowest and the highest. It is about the whole range that was searched, bad regions "
+            "too, and a search does not draw evenly from it."
         ],
         [chart],
     )
@@ -525,25 +529,38 @@ def _test(folder: RunFolder, result: Mapping[str, Any]) -> list[Section]:
         ]
         head = ("class", "precision", "recall", "F1", "images")
         sections.append(Section("Classes", [], table=Table(head, shown)))
-    mistakes = [
-        (probability, row)
-        for row in folder.records("final/predictions.csv")
-        if row.get("label") != row.get("predicted")
-        and (probability := share(row.get("probability"))) is not None
-    ]
-    mistakes.sort(key=lambda found: -found[0])
-    if mistakes:
-        examples = [
-            (*(name_of(row.get(key, "")) for key in ("image", "label", "predicted")), f"{p:.1%}")
-            for p, row in mistakes[:SHOWN]
-        ]
-        words = [
-            f"Of {format_count(len(mistakes), 'mistake')} on the test images, those that the "
-            "model was surest of. A wrong label shows itself here."
-        ]
-        table = Table(("image", "is", "taken for", "probability"), examples, 3)
-        sections.append(Section("The most confident mistakes", words, table=table))
+    sections += _examples(folder)
     return sections
+
+
+def _examples(folder: RunFolder) -> list[Section]:
+    """Return the mistakes that the model was surest of, with pictures where the run kept them."""
+    answers = [
+        (probability, row, index)
+        for index, row in enumerate(folder.records("final/predictions.csv"))
+        if (probability := share(row.get("probability"))) is not None
+    ]
+    answers.sort(key=lambda answer: -answer[0])
+    wrong = [answer for answer in answers if answer[1].get("label") != answer[1].get("predicted")]
+    right = [answer for answer in answers if answer[1].get("label") == answer[1].get("predicted")]
+    pictures = []
+    for probability, row, index in (*wrong[:SHOWN], *right[:SHOWN]):
+        if (picture := folder.picture(f"final/{EXAMPLES}/{index}.png")) is not None:
+            label, predicted = (name_of(row.get(key, "")) for key in ("label", "predicted"))
+            what = "recognised" if label == predicted else f"taken for {predicted}"
+            pictures.append((picture, f"{label}, {what} ({probability:.1%})"))
+    if not wrong:
+        return []
+    rows = [
+        (*(name_of(row.get(key, "")) for key in ("image", "label", "predicted")), f"{p:.1%}")
+        for p, row, _ in wrong[:SHOWN]
+    ]
+    words = [
+        f"{format_count(len(wrong), 'mistake')} on the test images; those that the model was "
+        "surest of. A wrong label shows itself here."
+    ]
+    table = Table(("image", "is", "taken for", "probability"), rows, 3)
+    return [Section("The most confident mistakes", words, pictures=pictures, table=table)]
 
 
 def _confusions(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Section:

@@ -1,5 +1,6 @@
 """Reading what a run wrote, whoever wrote it: what is damaged is told, never trusted or raised."""
 
+import base64
 import csv
 import itertools
 import json
@@ -23,6 +24,8 @@ MAX_ROWS = 2_000_000
 """Of any other table."""
 MAX_JSON = 2**26
 """Bytes."""
+MAX_PICTURE = 2**15
+"""Bytes; 64 by 64 pixels take less than half of it."""
 MAX_NAME = 200
 """Characters of a name that are shown."""
 
@@ -163,7 +166,8 @@ class RunFolder:
         try:
             return read_yaml(self.path / name) if (self.path / name).is_file() else None
         except UserError as error:
-            return self._note(error)
+            self._note(error)
+            return None
 
     def json(self, name: str) -> dict[str, Any]:
         """Return what a JSON file holds; nothing if it is not there or damaged."""
@@ -232,6 +236,22 @@ class RunFolder:
                 if epoch is not None and loss is not None
             ]
         return curves
+
+    def picture(self, name: str) -> str | None:
+        """Return a small PNG file as a ``data:`` URI; None if it is not there, or no such file."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            with whole(path):
+                content = path.read_bytes() if path.stat().st_size <= MAX_PICTURE else b""
+        except UserError as error:
+            self._note(error)
+            return None
+        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+            self.notes.append(f"{name} is no small PNG file.")
+            return None
+        return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
     def _note(self, error: UserError) -> None:
         self.notes.append(str(error))

@@ -380,7 +380,7 @@ def test_the_folder_holds_what_the_contract_names_and_nothing_odd(made):
     }
     assert {path.name for path in (made.folder / "final").iterdir()} == {
         *("confusion_matrix.csv", "fit", "learning_curve.csv", "predictions.csv"),
-        "reevaluation.json",
+        *("reevaluation.json", "examples"),
     }
     (fit,) = (made.folder / "final" / "fit").iterdir()
     assert {path.name for path in fit.iterdir()} == {*("hparams.yaml", "metrics.csv")}
