@@ -1,6 +1,7 @@
 """``python -m gatl.report``: what a run found, as one page that needs nothing but a browser."""
 
 import base64
+import functools
 import hashlib
 import json
 import shlex
@@ -8,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +136,9 @@ def render(folder: RunFolder) -> str:
         *_data(folder, result),
     ]
     figures = [chart.figure for section in sections for chart in section.charts]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gatl"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     library = Markup(get_plotlyjs())  # a part of plotly's package
-    template = environment.get_template("report.html")
-    draw = Markup(environment.get_template("report.js").render())
+    draw = Markup((files("gatl") / "templates" / "report.js").read_text(encoding="utf-8"))
+    template = _environment().get_template("report.html")
     return template.render(
         title=_title(config),
         headline=headline(result, config, found),
@@ -161,6 +156,17 @@ def render(folder: RunFolder) -> str:
         config=_config_text(folder, config),
         versions=_versions(result),
         notes=list(dict.fromkeys(folder.notes)),
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("gatl"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
