@@ -5,6 +5,7 @@ Names stand in them as text: plotly reads a few tags, so `label` writes their br
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,6 +28,7 @@ GENE_NAMES = {
 }
 GREY = "#808a94"
 """Can be seen in light and dark."""
+CUT = "The worst lie outside the picture; a double click shows all."
 LOGARITHMIC = ("learning_rate", "weight_decay")
 
 
@@ -141,12 +143,15 @@ def progress(trials: Sequence[Trial]) -> Chart | None:
         _points("best", bests, "lines+markers"),
         _points("mean", means, "lines+markers", line={"dash": "dot"}),
     ]
-    x, y = _axis("generation", **_whole_ticks(len(generations))), _axis("fitness (-val_loss)")
-    return Chart(
-        "Fitness of the generations",
-        _figure(data, x, y | _range([*bests, *means])),
+    cut = _range([*bests, *means])
+    note = (
         "Of the trials that completed; those that were stopped early, and the parents kept from "
-        "earlier generations, do not count.",
+        "earlier generations, do not count."
+    )
+    x = _axis("generation", **_whole_ticks(len(generations)))
+    y = _axis("fitness (-val_loss)", **cut)
+    return Chart(
+        "Fitness of the generations", _figure(data, x, y), f"{note} {CUT}" if cut else note
     )
 
 
@@ -227,9 +232,16 @@ def gene_against_loss(trials: Sequence[Trial], gene: str) -> Chart | None:
         for state, marker in look.items()
         if any(t.state == state for t in known)
     ]
-    y = _scaled("val_loss", [t.loss for t in known])
+    losses = sorted(t.loss for t in known)
+    usual = losses[: max(1, round(0.95 * len(losses)))]
+    y = _scaled("val_loss", usual)
+    cut = losses[-1] > 5 * usual[-1] > 0  # a few losses would flatten all others
+    if cut:
+        low, high = usual[0], 1.1 * usual[-1]
+        log = y.get("type") == "log"
+        y["range"] = [math.log10(0.9 * low), math.log10(high)] if log else [0.9 * low, high]
     x = _axis(GENE_NAMES[gene], gene in LOGARITHMIC)
-    return Chart(GENE_NAMES[gene], _figure(data, x, y))
+    return Chart(GENE_NAMES[gene], _figure(data, x, y), CUT if cut else "")
 
 
 def importances(shares: Mapping[str, Sequence[float]]) -> Figure:
@@ -248,6 +260,7 @@ def importances(shares: Mapping[str, Sequence[float]]) -> Figure:
         "error_x": {
             "type": "data",
             "symmetric": False,
+            "color": GREY,
             "array": [_rounded(max(shares[gene]) - means[gene]) for gene in order],
             "arrayminus": [_rounded(means[gene] - min(shares[gene])) for gene in order],
         },

@@ -556,7 +556,9 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
     )
     right = labels == predicted
     surest = np.argsort(-probability, kind="stable")
-    _write_examples(data, [*surest[~right[surest]][:WRONG], *surest[right[surest]][:RIGHT]], folder)
+    wrong, good = surest[~right[surest]], surest[right[surest]]
+    _, one_of_each = np.unique(labels[good], return_index=True)
+    _write_examples(data, [*wrong[:WRONG], *good[np.sort(one_of_each)][:RIGHT]], folder)
     index = list(range(len(classes)))
     matrix = confusion_matrix(labels, predicted, labels=index)
     _write_csv(

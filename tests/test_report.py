@@ -468,6 +468,15 @@ def test_a_large_search_makes_no_page_of_8_mb(tmp_path, monkeypatch):
     assert "its first 10000 rows are shown" in page.read_text()
 
 
+def test_a_few_bad_losses_leave_the_picture():
+    trials = trials_where(60, lambda g: 100.0 if g["dropout"] > 0.88 else 1 + g["dropout"])
+    chart = charts.gene_against_loss(trials, "dropout")
+    low, high = chart.figure["layout"]["yaxis"]["range"]
+    assert low < 1.1
+    assert 1.8 < high < 3
+    assert "double click" in chart.caption
+
+
 # The command.
 
 
@@ -542,3 +551,6 @@ def test_a_browser_shows_it(run, browser, scheme, width):
     ticks = ask("return [...document.querySelectorAll('.ytick text')].map(t => t.textContent)")
     assert any(tick.startswith("<script>alert(1)</") for tick in ticks)
     assert ask("return [...document.images].every(i => i.naturalWidth == 64)")
+    ask("window.dispatchEvent(new Event('beforeprint'))")  # paper is white
+    ink = ask("return getComputedStyle(document.querySelector('.xtick text')).fill")
+    assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 200

@@ -38,5 +38,9 @@ function draw() {
 
 draw();
 dark.addEventListener("change", draw);
-window.addEventListener("beforeprint", draw);
-window.addEventListener("afterprint", draw);
+for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) {
+  window.addEventListener(event, () => {
+    document.documentElement.classList.toggle("paper", printing);
+    draw();
+  });
+}
