@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from optuna.trial import FrozenTrial, TrialState
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
@@ -87,12 +89,16 @@ from gatl.record import (
     return_to_start,
     seconds_of,
 )
+from gatl.report import EXAMPLES, REPORT, make
 from gatl.session import Session, opened
 from gatl.streams import Purpose
 from gatl.trust import texts, whole, word_for, words_of
 
 PRINTED_CLASSES = 12
 """Classes up to which the confusion matrix is printed; it is always saved."""
+
+WRONG, RIGHT, SIDE = 12, 4, 64
+"""Mistakes and right answers whose images are kept for the report, and their side in pixels."""
 
 THREADS = torch.get_num_threads()
 """Threads of the final training: what torch chose for this machine, before any fit set its own."""
@@ -231,7 +237,8 @@ def finish(session: Session) -> float:
     # Copied, not moved: whoever is killed before all is written finds what the training left.
     write_whole(folder / "best.ckpt", (_fit_folder(session, winner) / "best.ckpt").read_bytes())
     write_whole(folder / MODEL_CARD, describe(result, session.config).encode())
-    _write_json(folder / "result.json", result)  # last: with it the model is made
+    _write_json(folder / "result.json", result)  # with it the model is made
+    _report(session)
     for candidate in candidates:  # the logs stay
         for name in ("best.ckpt", "last.ckpt", "training.json"):
             (_fit_folder(session, candidate) / name).unlink(missing_ok=True)
@@ -520,7 +527,8 @@ def _is_over(curve: Sequence[Mapping[str, float]], max_epochs: int, patience: in
 def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
     """Test the final model on the images that nothing before has seen.
 
-    Writes ``final/predictions.csv`` and ``final/confusion_matrix.csv``.
+    Writes ``final/predictions.csv``, ``final/confusion_matrix.csv`` and, in
+    ``final/examples/``, the images of the answers that it was surest of.
 
     Returns:
         What `measure` says, and the confusion matrix (n_classes, n_classes): a row
@@ -546,6 +554,11 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
             strict=True,
         ),
     )
+    right = labels == predicted
+    surest = np.argsort(-probability, kind="stable")
+    wrong, good = surest[~right[surest]], surest[right[surest]]
+    _, one_of_each = np.unique(labels[good], return_index=True)
+    _write_examples(data, [*wrong[:WRONG], *good[np.sort(one_of_each)][:RIGHT]], folder)
     index = list(range(len(classes)))
     matrix = confusion_matrix(labels, predicted, labels=index)
     _write_csv(
@@ -554,6 +567,18 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
         ((name, *row) for name, row in zip(classes, matrix, strict=True)),
     )
     return measure(logits, labels, classes), matrix
+
+
+def _write_examples(data: PreparedData, rows: Sequence[np.integer[Any]], folder: Path) -> None:
+    """Keep some test images as the model saw them, small, for the report."""
+    shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # an earlier model's
+    (folder / EXAMPLES).mkdir()
+    images = data.test.images.batch(np.array(rows)).permute(0, 2, 3, 1).numpy()
+    for row, pixels in zip(rows, images, strict=True):
+        image, content = Image.fromarray(pixels), io.BytesIO()
+        image.thumbnail((SIDE, SIDE))
+        image.save(content, "PNG")
+        write_whole(folder / EXAMPLES / f"{row}.png", content.getvalue())
 
 
 def measure(
@@ -642,9 +667,22 @@ def _show(
     console.print(_whereabouts(session.folder), soft_wrap=True)
 
 
+def _report(session: Session) -> None:
+    """Make the page. The model is made: whatever goes wrong here must not seem to cost it."""
+    try:
+        make(session.folder)
+    except Exception as error:
+        if is_unwritable(error):
+            raise
+        session.console.print(f"The report could not be made: {reason(error)}", soft_wrap=True)
+
+
 def _whereabouts(folder: Path) -> str:
     """Say where everything lies, a path a line, to be copied."""
+    page = folder / REPORT
+    command = shlex.join(["python", "-m", "gatl.report", f"run={folder}"])
     return (
+        f"Report:       {page if page.is_file() else f'make it with {command}'}\n"
         f"Model:        {folder / 'best.ckpt'}\n"
         f"All figures:  {folder / 'result.json'}\n"
         f"Every trial:  {folder / 'history.csv'}"

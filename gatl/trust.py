@@ -37,7 +37,7 @@ _LOCK = "study.journal.lock"  # Optuna's, a link; a killed driver leaves it
 _FOLDERS = frozenset({".features", ".hydra", ".images", "final", "trials"})
 _FILES = frozenset(
     {_LOCK, "MODEL_CARD.md", "best.ckpt", "classes.json", "history.csv", "images.csv", "model.onnx"}
-    | {"result.json", "study.journal"}
+    | {"report.html", "result.json", "study.journal"}
 )
 _TARGET = "_target_"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # commands to a terminal

@@ -35,6 +35,9 @@ WITHOUT_TORCH = (
     "gatl.predict",
     "gatl.ranking",
     "gatl.record",
+    "gatl.report",
+    "gatl.run_folder",
+    "gatl.charts",
     "gatl.compare",
     "gatl.strategies.annealing",
     "gatl.strategies.genetic",
@@ -98,6 +101,11 @@ def test_dependencies_point_one_way(chain):
 
 def test_no_module_needs_itself():
     graphlib.TopologicalSorter(IMPORTS).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("part", ["data", "models", "classifier", "evaluation", "final", "search"])
+def test_the_report_reads_only_what_a_run_wrote(part):
+    assert not [m for m in needed("gatl.report") if belongs(m, part)]
 
 
 def test_nothing_imports_main():

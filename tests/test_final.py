@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from optuna.trial import TrialState
+from PIL import Image
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
@@ -380,10 +381,23 @@ def test_the_folder_holds_what_the_contract_names_and_nothing_odd(made):
     }
     assert {path.name for path in (made.folder / "final").iterdir()} == {
         *("confusion_matrix.csv", "fit", "learning_curve.csv", "predictions.csv"),
-        "reevaluation.json",
+        *("reevaluation.json", "examples"),
     }
     (fit,) = (made.folder / "final" / "fit").iterdir()
     assert {path.name for path in fit.iterdir()} == {*("hparams.yaml", "metrics.csv")}
+
+
+def test_images_of_the_surest_answers_are_kept_for_the_report(made, data):
+    rows = read_csv(made.folder / "final" / "predictions.csv")
+    order = sorted(range(len(rows)), key=lambda i: -float(rows[i]["probability"]))
+    right = [i for i in order if rows[i]["label"] == rows[i]["predicted"]]
+    wrong = [i for i in order if i not in right]
+    kept = {int(p.stem): p for p in (made.folder / "final" / "examples").iterdir()}
+    first = {rows[i]["label"]: i for i in reversed(right)}  # the surest of each class
+    assert kept.keys() == {*wrong[:12], *first.values()}
+    for i, path in kept.items():
+        pixels = np.asarray(Image.open(path))
+        assert (pixels == data.test.images.batch(np.array([i]))[0].permute(1, 2, 0).numpy()).all()
 
 
 def test_what_was_found_is_printed(made, result):

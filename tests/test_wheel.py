@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_file(wheel):
     expected = {"gatl/py.typed"}
     for folder, shipped_as in (("gatl", "gatl"), ("conf", "gatl/conf")):
         for path in (CHECKOUT / folder).rglob("*"):
-            if path.suffix in {".py", ".yaml", ".safetensors", ".md"}:
+            if path.suffix in {".py", ".yaml", ".safetensors", ".md", ".html", ".js"}:
                 expected.add(f"{shipped_as}/{path.relative_to(CHECKOUT / folder).as_posix()}")
     assert {name for name in names if ".dist-info/" not in name} == expected
 
