@@ -145,7 +145,7 @@ def test_a_glob_names_files(tmp_path, monkeypatch):
         ([], "run= is missing"),
         (["run={run}"], "images= is missing"),
         (["run={run}", "images="], "images= is missing"),
-        (["run={run}", "images={run}"], "names no image"),
+        (["run={run}", "images={run}/.hydra"], "names no image"),
         (["run={run}", "images=no/*.jpg"], "images=no/*.jpg names no image"),
         (["run={run}/no", "images={images}"], "neither a run folder nor a checkpoint"),
         (["run={run}/final", "images={images}"], "holds no best.ckpt"),
