@@ -375,7 +375,7 @@ def draw(found: Mapping[Cell, Curves], path: Path) -> None:
     for (landscape, family), (by_trials, by_time) in zip(places, axes, strict=True):
         mine = {c: v for c, v in found.items() if c[:3] == (landscape, family, True)}
         end = max(v.seconds[:, -1].mean() for v in mine.values())
-        times = np.linspace(end * FIRST_DRAWN / 200, end, 200)
+        times = np.linspace(end * FIRST_DRAWN / max(AT), end, 200)
         for cell, curves in mine.items():
             style = {"color": f"C{names.index(cell.strategy)}", "label": cell.strategy}
             style["lw"] = 2.4 if cell.strategy == "genetic" else 1.2

@@ -177,9 +177,9 @@ def _check(config: Config) -> None:
 
     What is wrong there need not wait seconds for torch, or hours for the other jobs of a sweep.
     """
+    require_arguments("data.source", config.data.source)
     if config.data.source["_target_"] == f"{image_folder.__name__}.{image_folder.load.__name__}":
         image_folder.find_splits(config.data.source["root"])
-    require_arguments("data.source", config.data.source)
     from gatl.strategies.build import build_strategy
 
     build_strategy(config)

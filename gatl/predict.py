@@ -1,8 +1,6 @@
 """``python -m gatl.predict``: what the final model of a run says of new images."""
 
-import csv
 import glob
-import io
 import json
 import os
 import sys
@@ -20,7 +18,7 @@ from gatl.cli import folder_named, help_requested, one_line_errors, settings_in
 from gatl.data.decode import UndecodableImage
 from gatl.data.folder import images_below
 from gatl.errors import UserError, printable
-from gatl.files import checkpoint_in, is_unwritable, write_whole
+from gatl.files import checkpoint_in, csv_of, is_unwritable, write_whole
 from gatl.progress import format_count
 from gatl.trust import words_of
 
@@ -125,25 +123,22 @@ def predictions(
                     yield Prediction(path, [(model.classes[i], float(row[i])) for i in best])
 
 
-def as_csv(found: Sequence[Prediction], top_k: int) -> str:
+def as_csv(found: Sequence[Prediction], top_k: int) -> bytes:
     """Write predictions as CSV, a row for each image; see the columns in `HELP`."""
-    text = io.StringIO()
     more = [f"{name}_{i}" for i in range(2, top_k + 1) for name in ("label", "probability")]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "label", "probability", *more))
-    for path, top in found:
-        cells = [cell for label, p in top for cell in (label, f"{p:.6f}")]
-        writer.writerow((path, *cells))
-    return text.getvalue()
+    rows = [
+        (path, *(cell for label, p in top for cell in (label, f"{p:.6f}"))) for path, top in found
+    ]
+    return csv_of([("path", "label", "probability", *more), *rows])
 
 
-def as_json(found: Sequence[Prediction]) -> str:
+def as_json(found: Sequence[Prediction]) -> bytes:
     """Write predictions as a JSON list: path, label, probability, and all of the top k."""
     rows: list[dict[str, object]] = []
     for path, top in found:
         classes = [{"label": label, "probability": round(p, 6)} for label, p in top]
         rows.append({"path": str(path), **classes[0], "top_k": classes})
-    return json.dumps(rows, indent=2) + "\n"
+    return (json.dumps(rows, indent=2) + "\n").encode()
 
 
 def predict(run: Path, images: str, output: Path | None, top_k: int | None, trust: str) -> bool:
@@ -183,8 +178,8 @@ def predict(run: Path, images: str, output: Path | None, top_k: int | None, trus
     if output is None:
         _print(found, top_k)
     else:
-        text = as_json(found) if output.suffix.lower() == ".json" else as_csv(found, top_k)
-        _write(output, text)
+        json_asked = output.suffix.lower() == ".json"
+        _write(output, as_json(found) if json_asked else as_csv(found, top_k))
         console.print(f"{format_count(len(found), 'image')} predicted: {output}", soft_wrap=True)
     if n_bad := len(paths) - len(found):
         console.print(f"{n_bad} of {format_count(len(paths), 'image')} could not be read.")
@@ -199,15 +194,15 @@ def _print(found: Sequence[Prediction], top_k: int) -> None:
             for path, top in found
         ]
     try:
-        sys.stdout.buffer.write(as_csv(found, top_k).encode(errors="surrogateescape"))
+        sys.stdout.buffer.write(as_csv(found, top_k))
         sys.stdout.flush()
     except BrokenPipeError:  # as when it is piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, text.encode(errors="surrogateescape"))
+        write_whole(path, content)
     except OSError as error:
         if is_unwritable(error):
             raise
