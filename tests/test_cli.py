@@ -377,6 +377,7 @@ def gatl(
         ["ga.pop=1"],
         ["ga.pops=4"],
         ["data=folder"],
+        ["data=folder", "~data.source.root"],
         ["-m", "ga.pop=4,1"],
         ["-m", "ga.pop=4,", "seed=interval(0,1)"],
         ["data=folder", "data.root=nowhere"],
