@@ -59,7 +59,7 @@ def test_a_whole_search(tmp_path, monkeypatch, model):
 
     def load_few():
         source = load()
-        return Source(source.classes, source.train.subset(np.arange(0, len(source.train), 12)))
+        return Source(source.classes, source.train.subset(np.arange(0, len(source.train), 20)))
 
     monkeypatch.setattr(digits, "load", load_few)
     threads = torch.get_num_threads()

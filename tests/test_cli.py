@@ -1,5 +1,6 @@
 """Composing with overrides, what is said when it fails, and the command itself."""
 
+import json
 import os
 import subprocess
 import sys
@@ -371,39 +372,71 @@ def gatl(
     )
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["ga.pop=1"],
-        ["ga.pops=4"],
-        ["data=folder"],
-        ["data=folder", "~data.source.root"],
-        ["-m", "ga.pop=4,1"],
-        ["-m", "ga.pop=4,", "seed=interval(0,1)"],
-        ["data=folder", "data.root=nowhere"],
-        ["data=folder", "data.root=~/no such folder"],
-        ["-m", "data=folder", "data.root=nowhere", "seed=1,2"],
-        ["--pop", "4"],
-        ["resume=nowhere"],
-        ["-m", "resume=nowhere"],
-        ["--cfg", "job", "ga.pops=4"],
-        ["--help", "ga.pops=4"],
-        ["--info", "config", "ga.pops=4"],
-    ],
-    ids=" ".join,
-)
-def test_typing_error_is_one_line_at_once_and_leaves_nothing(tmp_path, words):
-    done = gatl(tmp_path, *words, env={"PYTHONPROFILEIMPORTTIME": "1"})
-    lines = done.stderr.splitlines()
-    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time")}
-    printed = [line for line in lines if not line.startswith("import time")]
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(printed) == 1
-    assert printed[0].startswith("gatl: ")
+TYPING_ERRORS = [
+    ["ga.pop=1"],
+    ["ga.pops=4"],
+    ["data=folder"],
+    ["data=folder", "~data.source.root"],
+    ["-m", "ga.pop=4,1"],
+    ["-m", "ga.pop=4,", "seed=interval(0,1)"],
+    ["data=folder", "data.root=nowhere"],
+    ["data=folder", "data.root=~/no such folder"],
+    ["-m", "data=folder", "data.root=nowhere", "seed=1,2"],
+    ["--pop", "4"],
+    ["resume=nowhere"],
+    ["-m", "resume=nowhere"],
+    ["--cfg", "job", "ga.pops=4"],
+    ["--help", "ga.pops=4"],
+    ["--info", "config", "ga.pops=4"],
+]
+FORKS = """
+import contextlib, io, json, os, sys, tempfile
+from gatl import __main__
+
+for words in json.loads(sys.argv[1]):
+    if os.fork():
+        os.wait()
+        continue
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        sys.argv = ["gatl", *words]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = __main__.main()
+            except SystemExit as ended:
+                code = ended.code
+        found = [code, out.getvalue(), err.getvalue(), list(sys.modules), os.listdir()]
+    print(json.dumps(found), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_a_light_process():
+    """By its words, what the command did: status, prints, modules imported, files left.
+
+    Each runs in a process of its own, a fork of one that has started once.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps(TYPING_ERRORS)],
+        env={k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip(map(tuple, TYPING_ERRORS), found, strict=True))
+
+
+@pytest.mark.parametrize("words", TYPING_ERRORS, ids=" ".join)
+def test_typing_error_is_one_line_at_once_and_leaves_nothing(words, in_a_light_process):
+    code, out, err, imported, left = in_a_light_process[tuple(words)]
+    assert (code, out, left) == (1, "", [])
+    assert err.startswith("gatl: ")
+    assert err.count("\n") == 1
     assert "hydra" in imported
-    assert not imported & {"torch", "lightning", "optuna"}  # they take seconds
-    assert list(tmp_path.iterdir()) == []
+    assert not {"torch", "lightning", "optuna"} & set(imported)  # they take seconds
 
 
 def test_traceback_on_request(tmp_path):

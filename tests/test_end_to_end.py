@@ -18,7 +18,7 @@ from gatl.cli import compose, compose_resumed
 from gatl.config import checked
 from gatl.strategies.build import build_strategy
 
-N_TRIALS = 10
+N_TRIALS = 8
 OVERRIDES = (
     "data=folder",
     "model=se_densenet121_k12",
@@ -27,7 +27,7 @@ OVERRIDES = (
     "space.included_layers.high=4",
     "space.frozen_layers.high=1",
     "ga.pop=4",
-    "ga.generations=4",  # 4 + 3 * (4 - 2) trials
+    "ga.generations=3",  # 4 + 2 * (4 - 2) trials
     "trainer.max_epochs=2",
     "final.max_epochs=2",
     "final.seeds=1",

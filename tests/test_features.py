@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import multiprocessing
 import os
 import threading
@@ -128,8 +129,17 @@ def assert_same(a: list[dict[str, float]], b: list[dict[str, float]]) -> None:
 # The same fits
 
 
-@pytest.mark.parametrize("frozen", [1, 6, 7, 18])
-@pytest.mark.parametrize("ahead", [0, 1, 58])
+QUICK = {(1, 58), (6, 0), (7, 1), (18, 0)}
+"""Of each depth one."""
+
+
+@pytest.mark.parametrize(
+    ("frozen", "ahead"),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product((1, 6, 7, 18), (0, 1, 58))
+    ],
+)
 def test_a_cached_fit_is_the_uncached_one(frozen, ahead, data, cached, tmp_path, monkeypatch):
     which = genes(frozen, min(frozen + ahead, 58))
     config = configure()
@@ -143,7 +153,9 @@ def test_a_cached_fit_is_the_uncached_one(frozen, ahead, data, cached, tmp_path,
     assert again == first
 
 
-@pytest.mark.parametrize(("frozen", "included"), [(7, 58), (6, 6)])
+@pytest.mark.parametrize(
+    ("frozen", "included"), [(6, 6), pytest.param(7, 58, marks=pytest.mark.slow)]
+)
 def test_mirrored_images_are_drawn_alike(frozen, included, data, cached, tmp_path, monkeypatch):
     which, config = genes(frozen, included), configure("data.augment=flip")
     plain, _ = run(config, data, tmp_path / "plain", which, monkeypatch)

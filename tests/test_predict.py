@@ -105,7 +105,7 @@ def test_a_terminal_gets_no_command(command, final_run, monkeypatch):
 
 
 def test_a_name_that_is_no_text_keeps_its_bytes(command, final_run, tmp_path):
-    name = os.fsdecode(b"fl\xf6w\rer, \"1\"\n.png")
+    name = os.fsdecode(b'fl\xf6w\rer, "1"\n.png')
     shutil.copy(next(final_run.images.rglob("0*.png")), tmp_path / name)
     status, out, _ = command(f"run={final_run.folder}", f"images={tmp_path}")
     assert (status, rows_of(out)[0]["path"]) == (0, str(tmp_path / name))

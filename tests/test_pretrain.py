@@ -168,6 +168,7 @@ def test_the_accuracy_is_that_of_the_file(pretrained):
     assert float(loss) == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_pretraining_goes_on_bit_for_bit(pretrained, tmp_path):
     script = (
         "import os, signal, gatl.pretrain as p\n"

@@ -232,7 +232,7 @@ SEARCHES = (
 )
 
 
-@pytest.mark.parametrize("evaluate", [plain, mixed])
+@pytest.mark.parametrize("evaluate", [pytest.param(plain, marks=pytest.mark.slow), mixed])
 @pytest.mark.parametrize("search", SEARCHES, ids=" ".join)
 def test_no_search_depends_on_workers_or_on_when_it_was_killed(tmp_path, search, evaluate):
     """Nor the one nor the other at once: killed with two workers, it goes on with four."""
@@ -248,7 +248,7 @@ def test_no_search_depends_on_workers_or_on_when_it_was_killed(tmp_path, search,
             evaluator = FakeEvaluator(4, seed=seed, evaluate=evaluate)
             run = whole(tmp_path / f"{name}-{seed}", evaluator, overrides=overrides)
             assert run.history == expected
-        for k in range(1 + len(narrow), n_trials, 3):
+        for k in range(1 + len(narrow), n_trials, 4):
             folder = tmp_path / f"{name}-killed-{k}"
             folder.mkdir()
             evaluator = FakeEvaluator(2, seed=k, evaluate=evaluate)
