@@ -12,11 +12,11 @@ Prints tables, draws ``plot=FILE`` and writes ``results=FILE``, by default
 ``benchmarks/results/strategies.json``. What is done is kept in ``output``, and the same command
 goes on with it.
 
-Options and their defaults: ``seeds=100 slow_seeds=10`` (of ``gp``) ``trials=200 workers=2``,
-``names=`` of landscapes, separated by commas (all), ``only=`` for some of the strategies,
-separated by semicolons, ``output=outputs/simulated``, ``plot=docs/strategies.png``.
-``add=NAME:WORD+WORD`` adds a variant, the words being Hydra overrides; several are separated by
-semicolons.
+Options and their defaults: ``seeds=100 slow_seeds=10`` (of ``gp``, which thinks for a second a
+trial and so makes half as many) ``trials=200 workers=2``, ``names=`` of landscapes, separated by
+commas (all), ``only=`` for some of the strategies, separated by semicolons,
+``output=outputs/simulated``, ``plot=docs/strategies.png``. ``add=NAME:WORD+WORD`` adds a variant,
+the words being Hydra overrides; several are separated by semicolons.
 """
 
 import functools
@@ -64,7 +64,8 @@ STRATEGIES = {
     "nsga2": "search=nsga2",
     "gp": "search=gp",
 }
-SLOW = ("gp",)
+SLOW = {"gp": 100}
+"""The most trials of a strategy that thinks long."""
 NAMES = {"trees": "gradient-boosted trees", "process": "Gaussian process"}
 WORST = 10.0
 """The val_loss of a search in which nothing has come to its end yet."""
@@ -159,8 +160,9 @@ def search_all(
     cells: Mapping[Cell, range], n_trials: int, n_workers: int, output: Path
 ) -> dict[Cell, Curves]:
     """Do the searches that ``output`` lacks, on all cores; return all of them."""
+    trials_of = {cell: min(n_trials, SLOW.get(cell.strategy, n_trials)) for cell in cells}
     kept: dict[Cell, dict[int, Any]] = {
-        cell: read(output / cell.path, cell, n_trials, n_workers) for cell in cells
+        cell: read(output / cell.path, cell, trials_of[cell], n_workers) for cell in cells
     }
     todo = [
         (cell, seed) for cell, seeds in cells.items() for seed in seeds if seed not in kept[cell]
@@ -168,7 +170,7 @@ def search_all(
     print(f"{sum(map(len, cells.values()))} searches, {len(todo)} to do", file=sys.stderr)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         running = {
-            pool.submit(search, cell, seed, n_trials, n_workers): (cell, seed)
+            pool.submit(search, cell, seed, trials_of[cell], n_workers): (cell, seed)
             for cell, seed in todo
         }
         for future in as_completed(running):
@@ -251,13 +253,13 @@ def summary(found: Mapping[Cell, Curves]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {**cell._asdict(), "seeds": len(curves.regret)}
         row["regret"] = {str(n): center(curves.regret[:, n - 1]) for n in at(curves)}
         if "random" in peers:
-            times = peers["random"].seconds.mean(0)[[n - 1 for n in at(curves)]]
+            times = peers["random"].seconds.mean(0)[[n - 1 for n in at(peers["random"])]]
             row["seconds_of_random"] = times.round(1).tolist()
             row["regret_at_seconds"] = [center(of) for of in curves.at_seconds(times).T]
         row["effects"] = {
             base: {
                 str(n): effect(curves.regret[:, n - 1], peers[base].regret[:, n - 1])
-                for n in at(curves)
+                for n in at(min(curves, peers[base], key=lambda of: of.regret.shape[1]))
             }
             for base in BASES
             if base in peers and base != cell.strategy
@@ -311,10 +313,10 @@ def effect(mine: Array, base: Array) -> dict[str, float]:
 def mean_ranks(found: Mapping[Cell, Curves]) -> dict[str, float]:
     """Return the mean rank of each strategy by its last regret, 1 the best.
 
-    Only those with the most seeds take part, since a rank is among all of them.
+    Only those with the most seeds and trials take part, since a rank is among all of them.
     """
-    n = max(len(curves.regret) for curves in found.values())
-    last = {c.strategy: v.regret[:, -1] for c, v in found.items() if len(v.regret) == n}
+    most = max(curves.regret.shape for curves in found.values())
+    last = {c.strategy: v.regret[:, -1] for c, v in found.items() if v.regret.shape == most}
     ranks = rankdata(np.array(list(last.values())), axis=0).mean(1)
     return dict(zip(last, ranks.tolist(), strict=True))
 
@@ -324,7 +326,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for place in dict.fromkeys((r["landscape"], r["family"], r["initial"]) for r in rows):
         mine = [r for r in rows if (r["landscape"], r["family"], r["initial"]) == place]
-        numbers = list(mine[0]["regret"])
+        numbers = list(max((row["regret"] for row in mine), key=len))
         at_middle = len(numbers) // 2
         header = [
             *("strategy", *(f"regret at {n}" for n in numbers)),
@@ -333,19 +335,23 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         lines = [
             [
-                *(row["strategy"], *(written(row["regret"][n]) for n in numbers)),
+                *(row["strategy"], *(written(row["regret"].get(n)) for n in numbers)),
                 f"{row['regret_at_seconds'][at_middle]['median']:.3f}"
                 if "regret_at_seconds" in row
                 else "",
                 "" if row["rank"] is None else f"{row['rank']:.1f}",
                 *(
-                    ", ".join(written_effect(row["effects"][base][n]) for n in numbers)
+                    ", ".join(
+                        written_effect(row["effects"][base][n])
+                        for n in numbers
+                        if n in row["effects"][base]
+                    )
                     if base in row["effects"]
                     else ""
                     for base in BASES
                 ),
             ]
-            for row in sorted(mine, key=lambda row: row["regret"][numbers[-1]]["mean"])
+            for row in sorted(mine, key=lambda row: last_mean(row, numbers))
         ]
         seeds = sorted({row["seeds"] for row in mine})
         texts.append(
@@ -356,8 +362,15 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(texts)
 
 
-def written(found: Mapping[str, float]) -> str:
-    """Write what `center` returns."""
+def last_mean(row: Mapping[str, Any], numbers: Sequence[str]) -> float:
+    """Return the mean regret after the most trials; those that made fewer come last."""
+    return row["regret"][numbers[-1]]["mean"] if numbers[-1] in row["regret"] else np.inf
+
+
+def written(found: Mapping[str, float] | None) -> str:
+    """Write what `center` returns; nothing for nothing."""
+    if found is None:
+        return ""
     return f"{found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
@@ -381,7 +394,8 @@ def draw(found: Mapping[Cell, Curves], path: Path) -> None:
             style["lw"] = 2.4 if cell.strategy == "genetic" else 1.2
             numbers = np.arange(FIRST_DRAWN, curves.regret.shape[1] + 1)
             curve(by_trials, numbers, curves.regret[:, FIRST_DRAWN - 1 :], style)
-            curve(by_time, times, curves.at_seconds(times), style)
+            until = times[times <= curves.seconds[:, -1].mean()]
+            curve(by_time, until, curves.at_seconds(until), style)
         title = f"{landscape}, {NAMES[family]}"
         by_trials.set(title=title, xlabel="trials", ylabel="regret, nats of val_loss")
         by_time.set(title=title, xlabel="simulated seconds")

@@ -290,9 +290,10 @@ def test_strategies_compares_searches_and_goes_on(tmp_path, monkeypatch, capsys)
     write_table(tmp_path / "tables" / "bowl.csv", 64)
     monkeypatch.setattr(strategies, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(strategies.simulator, "FAMILIES", {"process": strategies.simulator.Process})
+    monkeypatch.setattr(strategies, "SLOW", {"big": 55})
     strategies.landscape_of.cache_clear()
     words = (
-        *("seeds=1", "trials=60", "names=bowl", "only=random;big"),
+        *("seeds=1", "slow_seeds=1", "trials=60", "names=bowl", "only=random;big"),
         *("add=big:ga.pop=30+pruner=none", f"results={tmp_path / 'r.json'}", "output=out"),
         f"plot={tmp_path / 'plots' / 'p.png'}",
     )
@@ -309,9 +310,11 @@ def test_strategies_compares_searches_and_goes_on(tmp_path, monkeypatch, capsys)
     lines = (tmp_path / "out/bowl/process/initial/random.jsonl").read_text().splitlines()
     found = json.loads(lines[0])
     assert len(found["regret"]) == 60
+    lines = (tmp_path / "out/bowl/process/none/big.jsonl").read_text().splitlines()
+    assert len(json.loads(lines[0])["regret"]) == 55
     assert found["seconds"] == sorted(found["seconds"])
     run(monkeypatch, "strategies", *words, "seeds=2")
-    assert "8 searches, 4 to do" in capsys.readouterr().err
+    assert "6 searches, 2 to do" in capsys.readouterr().err
 
 
 @pytest.mark.slow
