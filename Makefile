@@ -33,8 +33,9 @@ format: $(READY) ## Format the code and mend what can be mended
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
 
-docs: $(READY) ## Make docs/configuration.md of conf/
+docs: $(READY) ## Make docs/configuration.md of conf/, and the drawing of the layers
 	@$(BIN)/python docs/configuration.py
+	@$(BIN)/python docs/chromosome.py
 
 clean: ## Remove the environment, caches and builds; run folders stay
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

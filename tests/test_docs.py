@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 import runpy
 import shlex
 import sys
@@ -85,6 +86,33 @@ def test_a_page_does_what_it_says(tmp_path, call, name):
 def test_the_reference_is_made_of_conf():
     made = runpy.run_path(str(DOCS / "configuration.py"))
     assert made["page"](made["CONF"]) == made["PAGE"].read_text(), "make docs"
+
+
+def test_the_drawing_is_made_by_its_script():
+    made = runpy.run_path(str(DOCS / "chromosome.py"))
+    assert made["picture"]() == made["PICTURE"].read_text(), "make docs"
+
+
+@pytest.mark.parametrize(
+    "page", [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem
+)
+def test_links_lead_somewhere(page):
+    for token in MarkdownIt().enable("table").parse(page.read_text()):
+        for child in token.children or ():
+            to = str(child.attrs.get("href") or child.attrs.get("src") or "")
+            if to and "://" not in to:
+                path, _, heading = to.partition("#")
+                other = (page.parent / path).resolve() if path else page
+                assert other.is_relative_to(CHECKOUT), to
+                assert other.exists(), to
+                headings = re.findall(r"^#+ (.+)$", other.read_text(), re.M) if heading else []
+                slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert not heading or heading in slugs, to
+
+
+def test_the_readme_leads_to_every_page():
+    text = (CHECKOUT / "README.md").read_text()
+    assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name}" not in text] == []
 
 
 def test_the_reference_has_every_setting_with_its_comment():
