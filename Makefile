@@ -1,7 +1,7 @@
 # `make` lists what it can do. Everything runs in .venv, which is made on first use.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lint format clean
+.PHONY: help run test test-all lint format docs clean
 
 # What makes the environment: at least Python 3.11.
 PYTHON ?= python3
@@ -32,6 +32,10 @@ lint: $(READY) ## Check style, formatting and types; changes nothing
 format: $(READY) ## Format the code and mend what can be mended
 	@$(BIN)/ruff check --fix-only
 	@$(BIN)/ruff format
+
+docs: $(READY) ## Make docs/configuration.md of conf/, and the drawing of the layers
+	@$(BIN)/python docs/configuration.py
+	@$(BIN)/python docs/chromosome.py
 
 clean: ## Remove the environment, caches and builds; run folders stay
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

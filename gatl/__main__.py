@@ -23,6 +23,7 @@ from gatl.cli import (
     narrow_output,
     new_folder,
     one_line_errors,
+    own_groups,
     parse,
     read_command_line,
     remember,
@@ -31,6 +32,7 @@ from gatl.cli import (
     resumed,
     split_jobs,
 )
+from gatl.completion import shell_completion
 from gatl.config import Config, checked
 from gatl.data import folder as image_folder
 from gatl.errors import UserError, printable
@@ -237,17 +239,23 @@ def main() -> None:
         folders = [word for word in words if word.startswith("resume=")]
         if trusted and not folders:
             raise UserError("trust= goes with resume=: what you compose yourself may name any.")
-        elsewhere = args.config_dir or args.config_name or args.config_path
+        words += own_groups(args.config_dir)  # Hydra itself reads the option
+        elsewhere = args.config_name or args.config_path
         if args.help or args.info or args.cfg:
             if not elsewhere:
                 resolve_if(args.resolve, compose(words))
             with narrow_output() if args.help else contextlib.nullcontext():
                 job()
-        elif elsewhere or args.hydra_help or args.shell_completion:
+        elif args.shell_completion:
+            if not shell_completion(words):
+                job()
+        elif elsewhere or args.hydra_help:
             job()
         elif folders:
             if args.multirun or len(folders) > 1:
                 raise UserError("resume= goes on with one run; leave out the sweep.")
+            if args.config_dir:
+                raise UserError("resume= goes on with the run's own: leave out --config-dir.")
             folder = folder_named(folders[0].removeprefix("resume="))
             resume(folder, [word for word in words if word not in folders], trusted)
         elif args.multirun:

@@ -124,6 +124,26 @@ def folder_named(text: str) -> Path:
         raise UserError(f"{text} cannot be found: there is no such user here.") from error
 
 
+def own_groups(config_dir: str | None) -> list[str]:
+    """Return the override that lets ``compose`` see what ``--config-dir`` adds to the groups.
+
+    Args:
+        config_dir: The user's folder, with a folder for each group that it adds a choice to.
+
+    Returns:
+        One override, or none without a folder.
+
+    Raises:
+        UserError: If there is no such folder.
+    """
+    if config_dir is None:
+        return []
+    folder = Path(config_dir).absolute()
+    if not folder.is_dir():
+        raise UserError(f"--config-dir={folder} is no folder.")
+    return [f'hydra.searchpath=["file://{folder}"]']
+
+
 def resolve_if(asked: bool, composed: DictConfig) -> None:
     """Find out, where ``--resolve`` asks for it, whether all interpolations can be resolved."""
     if asked:

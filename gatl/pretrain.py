@@ -46,6 +46,7 @@ from gatl.cli import (
     compose,
     folder_named,
     one_line_errors,
+    own_groups,
     read_command_line,
     resolve_if,
     split_jobs,
@@ -758,12 +759,13 @@ def main() -> None:
     """Check the command line as far as it can be, then hand it to Hydra."""
     with one_line_errors():
         args = read_command_line("python -m gatl.pretrain")
+        words = [*args.overrides, *own_groups(args.config_dir)]
         if args.help or args.hydra_help or args.shell_completion or args.info:
             pass
         elif args.cfg:
-            resolve_if(args.resolve, compose(args.overrides, "pretrain"))
+            resolve_if(args.resolve, compose(words, "pretrain"))
         else:
-            for overrides in split_jobs(args.overrides) if args.multirun else [args.overrides]:
+            for overrides in split_jobs(words) if args.multirun else [words]:
                 checked(compose(overrides, "pretrain"))
         job()
 

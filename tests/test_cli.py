@@ -2,8 +2,13 @@
 
 import json
 import os
+import pty
+import re
+import select
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import gatl as gatl_package
-from gatl import __version__
+from gatl import __main__, __version__
 from gatl.cli import (
     compose,
     compose_resumed,
@@ -23,6 +28,7 @@ from gatl.cli import (
     narrow_output,
     new_folder,
     one_line_errors,
+    own_groups,
     parse,
     quoted,
     read_command_line,
@@ -31,9 +37,11 @@ from gatl.cli import (
     resumed,
     split_jobs,
 )
+from gatl.completion import shell_completion
 from gatl.config import checked
 from gatl.errors import UserError
 
+CONF = Path(gatl_package.__file__).parents[1] / "conf"
 DATA = "cifar10, cifar100, digits, fashion_mnist, flowers, folder"
 NO_OVERRIDE = "is no override: write KEY=VALUE"
 SEVERAL = (
@@ -55,7 +63,9 @@ MESSAGES = {
     ("pruner=${defaults}",): (
         "pruner must be one of none, successive_halving, but got ${defaults}."
     ),
-    ("experiment=3",): "experiment must be one of original, quickstart, but got 3.",
+    ("experiment=3",): (
+        "experiment must be one of debug, laptop, original, quickstart, single_gpu, but got 3."
+    ),
     ("+ga.pop=4",): "ga.pop is set already: leave out the +.",
     ("+data=flowers",): "data is set already: leave out the +.",
     ("ga.pop=4,6",): f"ga.pop=4,6 {SEVERAL}",
@@ -443,14 +453,40 @@ def test_traceback_on_request(tmp_path):
     assert "Traceback" in gatl(tmp_path, "ga.pop=1", env={"HYDRA_FULL_ERROR": "1"}).stderr
 
 
-def test_help_names_choices_overrides_and_examples(tmp_path):
-    text = gatl(tmp_path, "--help").stdout
-    assert f"\ndata: {DATA}\n" in text
-    assert "\nmodel: " in text
-    assert "_base" not in text
-    for word in ("ga.pop", "budget.time", "space.GENE.low", "experiment=quickstart", "resume="):
-        assert word in text
-    assert max(map(len, text.splitlines())) <= 80
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory):
+    return gatl(tmp_path_factory.mktemp("help"), "--help").stdout
+
+
+def section(text: str, head: str) -> list[str]:
+    """Return the entries below a heading of the help: a line, with those it goes on in."""
+    rows = text.partition(f"\n{head}")[2].partition("\n\n")[2].partition("\n\n")[0]
+    return re.sub(r"\n {4,}", " ", rows).splitlines()
+
+
+def test_help_has_an_entry_for_each_group_with_every_choice(help_text):
+    named = {}
+    for entry in section(help_text, "Groups"):
+        group, what, choices = re.fullmatch(r"  (\w+)= +([^:]+): (.+)", entry).groups()
+        assert len(what.split()) <= 8
+        named[group] = choices.split(", ")
+    shipped = {path.name: path for path in CONF.iterdir() if list(path.glob("*.yaml"))}
+    assert {group: sorted(choices) for group, choices in named.items()} == {
+        group: sorted(file.stem for file in path.glob("*.yaml")) for group, path in shipped.items()
+    }
+    chosen = {k: v for d in OmegaConf.load(CONF / "config.yaml").defaults[1:] for k, v in d.items()}
+    for group, choices in named.items():
+        assert group == "experiment" or choices[0] == chosen[group]
+
+
+def test_help_has_examples_and_fits_a_terminal(help_text):
+    for word in ("experiment=quickstart", "data.root=PHOTOS", "resume=", "-sc install=bash"):
+        assert word in help_text.partition("Examples:")[2]
+    assert "$$" not in help_text
+    assert max(map(len, help_text.splitlines())) <= 80
+    template = OmegaConf.load(CONF / "config.yaml").hydra.help
+    for text in (template.header, template.footer, template.template):
+        assert max(map(len, text.splitlines())) <= 80  # so none had to be broken
 
 
 def test_version_is_gatls_own(tmp_path):
@@ -493,11 +529,11 @@ def test_gatl_is_imported_by_others_without_its_packages():
     assert done.stdout == f"{__version__}\n"
 
 
-def test_help_names_keys_that_exist(tmp_path):
-    text = gatl(tmp_path, "--help").stdout
-    named = text.partition("Overrides people use")[2].partition("Examples")[0].splitlines()[1:]
+def test_help_names_keys_that_exist(help_text):
     cfg = compose([])
-    for key in " ".join(named).split():
+    entries = section(help_text, "Overrides people use")
+    assert len(entries) == 8
+    for key in " ".join(entry.partition(":")[2] for entry in entries).split():
         group, _, leaf = key.replace("GENE", "dropout").rpartition(".")
         assert leaf in (OmegaConf.select(cfg, group) if group else cfg), key
 
@@ -542,3 +578,97 @@ def test_what_a_resolver_says_is_one_line():
     resolve_if(False, composed)
     with pytest.raises(UserError, match=r"model\.name=nope is no model of timm's"):
         resolve_if(True, composed)
+
+
+# What a shell completes
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_tab_completes_a_choice_in_bash(tmp_path):
+    """In a terminal, as a user types."""
+    typed = (
+        b'eval "$(python -m gatl -sc install=bash)"\n',
+        b"python -m gatl -m seed=1,2 model=lenet5 data=fl\t",
+    )
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "TERM": "dumb"}
+    shell = subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        cwd=tmp_path,
+        env=environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    try:
+        seen = b""
+        os.write(ours, b"".join(typed))
+        deadline = time.monotonic() + 60
+        while b"data=flowers" not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 4096)
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("python -m gatl ga=", "default original"),
+        ("python3 -m gatl ga.po", "ga.pop="),
+        ("python -m gatl.final ru", ""),
+        ("python -m json.tool ", ""),
+        ("python gatl", ""),
+    ],
+)
+def test_what_is_offered(tmp_path, monkeypatch, capsys, line, offered):
+    monkeypatch.setattr(sys, "argv", ["gatl", "-sc", "install=bash"])
+    __main__.main()
+    script = capsys.readouterr().out + (
+        f"COMP_LINE={line!r} COMP_POINT={len(line)}; _gatl {sys.executable}; "
+        'echo "${COMPREPLY[*]}"'
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == (f"{offered}\n", "")
+
+
+@pytest.mark.parametrize("words", [[], ["install=fish"], ["query=bash"], ["install=bash", "a=b"]])
+def test_other_shells_are_told(monkeypatch, words):
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    with pytest.raises(UserError, match=r"for bash alone: eval "):
+        shell_completion(words)
+
+
+# Groups of a user's own
+
+
+def test_a_folder_of_ones_own_choices(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "my conf"
+    (folder / "ga").mkdir(parents=True)
+    (folder / "ga" / "tiny.yaml").write_text("defaults: [default]\npop: 3\n")
+    monkeypatch.setattr(sys, "argv", ["gatl", f"--config-dir={folder}", "ga=tiny", "--cfg", "job"])
+    __main__.main()
+    assert OmegaConf.create(capsys.readouterr().out).ga["pop"] == 3
+    assert compose([*own_groups(str(folder)), "ga=tiny"]).ga["pop"] == 3
+    assert own_groups(None) == []
+    for words, message in {
+        (f"--config-dir={tmp_path}/no", "ga=tiny"): f"--config-dir={tmp_path}/no is no folder.",
+        (f"--config-dir={folder}", "ga=tin"): "ga=tin is no choice (nearest: tiny); there are: ",
+        (f"--config-dir={folder}", f"resume={tmp_path}"): "leave out --config-dir.",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["gatl", *words])
+        with pytest.raises(SystemExit):
+            __main__.main()
+        assert message in capsys.readouterr().err

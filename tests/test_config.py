@@ -399,6 +399,14 @@ def test_experiments_and_presets():
     assert (original.ga.n_elites, original.initial) == (0, ())
     assert (original.ga.mutation_prob, original.ga.mutation_step) == (0.25, None)
     assert config("experiment=original").model.se["init"] == "kaiming"
+    laptop = config("experiment=laptop", "data=folder", "data.root=photos", "data.augment=none")
+    assert (laptop.data.name, laptop.data.root, laptop.data.augment) == ("folder", "photos", "none")
+    assert (laptop.model.name, laptop.data.image_size) == ("se_densenet121_k12", 64)
+    gpu = config("data=folder", "data.root=photos", "experiment=single_gpu")
+    assert (gpu.data.name, gpu.data.root) == ("folder", "photos")
+    assert (gpu.model.name, gpu.data.image_size) == ("se_densenet121", 224)
+    assert (gpu.trainer.precision, gpu.evaluator.workers) == ("16-mixed", "1")
+    assert config("experiment=debug").n_trials == 3
 
 
 def test_checked_leaves_what_it_was_given_as_it_was():
