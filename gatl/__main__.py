@@ -78,9 +78,9 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
             view = View(
                 console,
                 config.n_trials,
-                n_workers,
+                config.trainer.max_epochs,
+                config.model.n_layers,
                 session.strategy.generation,
-                config.budget.seconds,
             )
             with view:
                 search = Search(

@@ -36,7 +36,7 @@ from gatl.features import is_shared, why_off
 from gatl.files import sync, writing
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
-from gatl.progress import decoding
+from gatl.progress import advancing
 from gatl.record import JOURNAL, held, open_study, require_genes
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
@@ -108,7 +108,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 shutil.rmtree(scratch, ignore_errors=True)
             source = instantiate(config.data.source)
             images.mkdir()
-            with decoding(console) as progress, writing(images):
+            with advancing(console, "Decoding images") as progress, writing(images):
                 data = prepare(
                     source,
                     image_size=config.data.image_size,
