@@ -31,9 +31,7 @@ from typing import Any, NamedTuple, Protocol
 import lightning
 import psutil
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gatl.classifier import Classifier, Diverged
@@ -43,6 +41,7 @@ from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
 from gatl.features import CachedPrefix, cached_prefix
 from gatl.files import is_passing, is_unwritable, write_whole, writing
+from gatl.loggers import Result, build_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
 from gatl.models.weights import LoadReport, differences, load, require_backbone
@@ -315,31 +314,14 @@ def build_trainer(
         devices=[device] if _uses_cuda(config.trainer) else 1,
         precision=resolve_precision(config.trainer),  # type: ignore[arg-type]
         deterministic=config.trainer.deterministic,
-        logger=_build_logger(config, folder),
-        callbacks=callbacks,
+        logger=build_logger(config, folder),
+        callbacks=[*callbacks, Result()],
         plugins=[WholeCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         **more,
     )
-
-
-def _build_logger(config: Config, folder: Path) -> Logger:
-    try:
-        # Called by ourselves: Hydra would resolve what stands in the folder's name.
-        build = instantiate(config.logger, _partial_=True, _convert_="all")
-        logger: Logger = build(save_dir=str(folder.parent), name="", version=folder.name)
-    except Exception as error:  # a target may raise anything
-        missing = isinstance(error, ModuleNotFoundError)
-        hint = " (logger=tensorboard needs pip install 'gatl[tensorboard]')" if missing else ""
-        raise UserError(f"The logger cannot be made{hint}: {reason(error)}") from error
-    there = logger.log_dir  # None: it writes no files
-    if there is not None and not Path(there).resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"The logger would write into {there}, not into {folder}: give it no other folder."
-        )
-    return logger
 
 
 class Fitter:

@@ -21,6 +21,7 @@ from gatl.cost import Cost, expected_costs, generation_seconds
 from gatl.errors import UserError
 from gatl.evaluation import CHECKPOINT, Evaluator, Fit, fit_seed
 from gatl.halving import survivors
+from gatl.loggers import Curve
 from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.record import (
@@ -82,6 +83,7 @@ class Search:
         cut: The driver sets it to make running fits end, when it is to stop or
             the time budget is spent. Their trials stay RUNNING, to be finished
             on resume.
+        curve: Logs how the search goes.
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class Search:
         view: View,
         stop: threading.Event,
         cut: Event,
+        curve: Curve | None = None,
     ) -> None:
         self._config, self._study, self._strategy = config, study, strategy
         self._evaluator, self._folder, self._view = evaluator, folder, view
-        self._stop, self._cut = stop, cut
+        self._stop, self._cut, self._curve = stop, cut, curve
         self._space = config.space
         self._distributions = strategy.distributions()
         self._history = History(folder, config.space.names)
@@ -411,6 +414,8 @@ class Search:
             self._count_failure(self._n_leading)
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
+        if self._curve is not None:
+            self._curve.update(trials[: self._n_leading])
 
     def _count_failure(self, number: int) -> None:
         """Count failures in a row; one of another kind begins anew, and a fit that ends clears."""

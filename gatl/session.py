@@ -34,6 +34,7 @@ from gatl.evaluation import (
 )
 from gatl.features import is_shared, why_off
 from gatl.files import sync, writing
+from gatl.loggers import CURVE, require_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
 from gatl.progress import advancing
@@ -99,6 +100,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
         console.print(f"Halving: off (it compares the fits of a generation, and {name} has none)")
     evaluator_class = _evaluator_class(config)
     require_arguments("logger", config.logger, save_dir="", name="", version="")
+    require_logger(config, folder / CURVE)
     network = _largest_network(config)
     report = load_pretrained(config, network)
     images, features = folder / ".images", folder / ".features"
