@@ -44,5 +44,5 @@ clean: ## Remove the environment, caches and builds; run folders stay
 # Installed anew when pyproject.toml changes; the source itself is installed editable.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,tensorboard]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,tensorboard,wandb]'
 	@touch $@

@@ -143,8 +143,8 @@ def run_search(config: Config, folder: Path, console: Console) -> list[FrozenTri
     """
     folder.mkdir(parents=True, exist_ok=True)
     with opened(config, folder, console) as session:
-        n_workers, generation = session.evaluator.n_workers, session.strategy.generation
-        with View(console, config.n_trials, n_workers, generation) as view:
+        shown = (config.n_trials, config.trainer.max_epochs, config.model.n_layers)
+        with View(console, *shown, session.strategy.generation) as view:
             Search(
                 *(config, session.study, session.strategy, session.evaluator, folder, view),
                 *(session.stop, session.cut),

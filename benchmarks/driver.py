@@ -124,6 +124,10 @@ class NullEvaluator:
         self._running.clear()
         return ended
 
+    def epochs_done(self, key: int) -> float:
+        """Return nothing that anybody could see."""
+        return 0.0
+
     def close(self, *, now: bool = False) -> None:
         """Do nothing: there are no workers."""
 
@@ -148,7 +152,8 @@ def drive(config: Config, folder: Path) -> list[float]:
     study, stop = open_study(folder, strategy), threading.Event()
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         console = Console(file=nowhere, soft_wrap=True)
-        with TimedView(console, config.n_trials, 1, strategy.generation) as view:
+        shown = (config.n_trials, config.trainer.max_epochs, config.model.n_layers)
+        with TimedView(console, *shown, strategy.generation) as view:
             Search(config, study, strategy, NullEvaluator(), folder, view, stop, stop).run()
     return view.ends
 

@@ -61,6 +61,7 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     """
     # Imported here because torch takes seconds, which a typing error need not wait for.
     from gatl.final import final_command, finish
+    from gatl.loggers import Curve
     from gatl.progress import View, format_duration, new_console
     from gatl.record import any_complete, resume_command, way_on
     from gatl.search import Ending, Search
@@ -80,11 +81,12 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
             view = View(
                 console,
                 config.n_trials,
-                n_workers,
+                config.trainer.max_epochs,
+                config.model.n_layers,
                 session.strategy.generation,
-                config.budget.seconds,
             )
-            with view:
+            curve = Curve(config, folder, session.strategy.generation)
+            with view, contextlib.closing(curve):
                 search = Search(
                     config,
                     session.study,
@@ -94,6 +96,7 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
                     view,
                     session.stop,
                     session.cut,
+                    curve,
                 )
                 ending = search.run()
             if ending is Ending.INTERRUPTED:

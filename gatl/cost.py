@@ -5,7 +5,10 @@ schedules the one whose end is never more than a third later than the earliest t
 there is (Graham 1969, https://doi.org/10.1137/0117039).
 """
 
-from collections.abc import Mapping, Sequence
+import heapq
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +59,37 @@ def expected_costs(
         spread = done.T @ done + _PRIOR * np.eye(n_layers + 1)
         layers += np.linalg.solve(spread, done.T @ (seconds - done @ layers))
     return [float(cost) for cost in asked @ layers]
+
+
+def makespan(seconds: Iterable[float], n_workers: int) -> float:
+    """Return the seconds that fits take on so many workers, the longest first."""
+    ends = [0.0] * n_workers
+    for fit in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + fit)
+    return max(ends)
+
+
+def generation_seconds(
+    fits: Sequence[tuple[float, float]], ends: Sequence[int], reduction_factor: int, n_workers: int
+) -> float:
+    """Estimate how long a generation still takes whose fits wait for one another at rungs.
+
+    Who will go on from a rung is not known: as many as will, of mean cost.
+
+    Args:
+        fits: Of each, the epochs that it has done, and what an epoch of it costs in seconds.
+        ends: The rungs, then the epochs of a whole fit; ascending.
+        reduction_factor: One fit in so many goes on from a rung, rounded up.
+        n_workers: Fits at once, at least 1.
+    """
+    total = 0.0
+    for end in ends:
+        left = [(end - done) * cost for done, cost in fits if done < end]
+        if left:
+            total += makespan(left, n_workers)
+            mean = statistics.fmean(cost for _, cost in fits)
+            fits = [(end, mean)] * math.ceil(len(fits) / reduction_factor)
+    return total
 
 
 def _trained(genes: Mapping[str, float], n_layers: int) -> list[bool]:

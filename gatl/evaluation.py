@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import gc
 import hashlib
 import io
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -30,9 +31,7 @@ from typing import Any, NamedTuple, Protocol
 import lightning
 import psutil
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gatl.classifier import Classifier, Diverged
@@ -42,6 +41,7 @@ from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
 from gatl.features import CachedPrefix, cached_prefix
 from gatl.files import is_passing, is_unwritable, write_whole, writing
+from gatl.loggers import Result, build_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
 from gatl.models.weights import LoadReport, differences, load, require_backbone
@@ -109,6 +109,17 @@ class SeededEpochs(Callback):
         """Seed torch's global generators."""
         stream = generator(self._seed, Purpose.FIT, trainer.current_epoch, 1)
         torch.manual_seed(int(stream.integers(2**32)))
+
+
+class Watched(Callback):
+    """Tells after each batch how many epochs of a training are done, such as 1.25."""
+
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._tell = tell
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        """Count the batches: each is a step."""
+        self._tell(trainer.global_step / trainer.num_training_batches)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -303,31 +314,14 @@ def build_trainer(
         devices=[device] if _uses_cuda(config.trainer) else 1,
         precision=resolve_precision(config.trainer),  # type: ignore[arg-type]
         deterministic=config.trainer.deterministic,
-        logger=_build_logger(config, folder),
-        callbacks=callbacks,
+        logger=build_logger(config, folder),
+        callbacks=[*callbacks, Result()],
         plugins=[WholeCheckpoints()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         **more,
     )
-
-
-def _build_logger(config: Config, folder: Path) -> Logger:
-    try:
-        # Called by ourselves: Hydra would resolve what stands in the folder's name.
-        build = instantiate(config.logger, _partial_=True, _convert_="all")
-        logger: Logger = build(save_dir=str(folder.parent), name="", version=folder.name)
-    except Exception as error:  # a target may raise anything
-        missing = isinstance(error, ModuleNotFoundError)
-        hint = " (logger=tensorboard needs pip install 'gatl[tensorboard]')" if missing else ""
-        raise UserError(f"The logger cannot be made{hint}: {reason(error)}") from error
-    there = logger.log_dir  # None: it writes no files
-    if there is not None and not Path(there).resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"The logger would write into {there}, not into {folder}: give it no other folder."
-        )
-    return logger
 
 
 class Fitter:
@@ -338,10 +332,19 @@ class Fitter:
         data: The decoded images.
         stop: Set to cut the running fit off.
         device: Index of the GPU to use, where there is one.
+        tell: Called after each batch with the epochs that the running fit has done.
     """
 
-    def __init__(self, config: Config, data: PreparedData, stop: Event, device: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedData,
+        stop: Event,
+        device: int = 0,
+        tell: Callable[[float], None] = lambda epochs: None,
+    ) -> None:
         self._config, self._data, self._stop, self._device = config, data, stop, device
+        self._tell = tell
 
     def __call__(self, fit: Fit) -> Outcome:
         """Run one fit; once more in parts of batches, if memory runs out.
@@ -385,7 +388,7 @@ class Fitter:
                 self._config,
                 fit.epochs,
                 fit.folder,
-                [SeededEpochs(fit.seed), stopper, *cache],
+                [SeededEpochs(fit.seed), stopper, *cache, Watched(self._tell)],
                 self._device,
                 enable_checkpointing=False,
             )
@@ -491,6 +494,9 @@ class Evaluator(Protocol):
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Return the fits that have ended, after the first one or ``timeout`` seconds."""
 
+    def epochs_done(self, key: int) -> float:
+        """Return how many epochs a running fit has done, such as 1.25; 0 if that is not known."""
+
     def close(self, *, now: bool = False) -> None:
         """Free the workers, once their fits have ended, or at once if that can be done."""
 
@@ -498,12 +504,19 @@ class Evaluator(Protocol):
 _fitter: Fitter  # of a worker process
 
 
-def _start_worker(config: Config, data: PreparedData, stop: Event, device: int) -> None:
+def _start_worker(
+    config: Config,
+    data: PreparedData,
+    stop: Event,
+    device: int,
+    epochs: MutableSequence[float],
+    worker: int,
+) -> None:
     global _fitter
     threading.Thread(target=_end_with_driver, daemon=True).start()
     silence()
     torch.set_num_threads(config.evaluator.threads)
-    _fitter = Fitter(config, data, stop, device)
+    _fitter = Fitter(config, data, stop, device, functools.partial(epochs.__setitem__, worker))
     gc.collect()
     gc.freeze()  # what is there by now stays: the collection behind each fit need not look at it
 
@@ -583,6 +596,8 @@ class LocalEvaluator:
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self._processes = multiprocessing.get_context("forkserver")
         self._processes.set_forkserver_preload([__name__])  # so torch is imported once for all
+        # Shared memory without a lock: whoever is killed while he writes a number blocks nobody.
+        self._epochs = self._processes.RawArray("d", self._n_workers)
         self._pools = [self._pool(worker) for worker in range(self._n_workers)]
         self._idle = list(range(self._n_workers))
         self._running: dict[concurrent.futures.Future[Outcome], _Running] = {}
@@ -601,6 +616,7 @@ class LocalEvaluator:
     def submit(self, key: int, fit: Fit) -> None:
         """Start a fit on an idle worker."""
         worker = self._idle.pop(0)
+        self._epochs[worker] = 0.0
         with _signals_blocked():
             future = self._send(worker, fit)
         self._running[future] = _Running(worker, key, fit, time.monotonic(), _fork_server())
@@ -655,6 +671,11 @@ class LocalEvaluator:
             ended.append((key, outcome))
         return sorted(ended, key=lambda pair: pair[0])
 
+    def epochs_done(self, key: int) -> float:
+        """Return how many epochs a running fit has done, such as 1.25; 0 before its first batch."""
+        running = (fit.worker for fit in self._running.values() if fit.key == key)
+        return float(next((self._epochs[worker] for worker in running), 0.0))
+
     def _give_up(self) -> list[tuple[int, Outcome]]:
         """Kill the workers of fits that take too long, replace them, and return these fits."""
         settings, now = self._config.evaluator, time.monotonic()
@@ -702,7 +723,11 @@ class LocalEvaluator:
             1,
             self._processes,
             _start_worker,
-            (self._config, self._data, self._stop, worker % max(1, torch.cuda.device_count())),
+            (
+                *(self._config, self._data, self._stop),
+                worker % max(1, torch.cuda.device_count()),
+                *(self._epochs, worker),
+            ),
         )
 
 

@@ -56,6 +56,7 @@ from gatl.evaluation import (
     FitStopped,
     SeededEpochs,
     StopOnRequest,
+    Watched,
     build_cache,
     build_classifier,
     build_data,
@@ -74,6 +75,8 @@ from gatl.files import csv_of, is_unwritable, unwritable, write_whole, writing
 from gatl.model_card import MODEL_CARD, describe
 from gatl.outcome import Outcome
 from gatl.progress import (
+    advancing,
+    describe_genes,
     format_count,
     format_genes,
     format_loss,
@@ -257,7 +260,7 @@ def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
             return None
         return (
             f"Nothing is left to do: the model of these {result['trials']:d} trials is made and "
-            f"tested (accuracy {accuracy:.1%}).\n{_whereabouts(folder)}"
+            f"tested (accuracy {accuracy:.1%}).\n{_whereabouts(folder, config)}"
         )
     except (KeyError, TypeError, ValueError):  # damaged
         return None
@@ -326,28 +329,31 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
                 Outcome.from_json(outcome)
             known = kept
     waiting = [i for i, fit in enumerate(fits) if str(fit.seed) not in known]
-    running = 0
-    while waiting or running:
-        if session.stop.is_set():
-            session.cut.set()
-            waiting.clear()
-        while waiting and session.evaluator.n_free:
-            session.evaluator.submit(waiting[0], fits[waiting[0]])
-            waiting.pop(0)
-            running += 1
-        for i, outcome in session.evaluator.wait(timeout=0.2) if running else []:
-            running -= 1
-            if outcome.stopped:
-                continue
-            known[str(fits[i].seed)] = outcome.to_json()
-            name = f"re-evaluation of {fits[i].folder.name}"
-            if outcome.micro_batch is not None:
-                session.console.print(f"{name}: {format_micro_batch(outcome.micro_batch)}")
-            if outcome.error is not None:
-                session.console.print(f"{name}: {outcome.error}")
-            # A failure that may pass is tried again the next time.
-            lasting = {k: o for k, o in known.items() if o["error"] is None or o["diverged"]}
-            _write_json(path, lasting)
+    total = len(waiting)
+    running: set[int] = set()
+    with advancing(session.console, "Re-evaluations") as progress:
+        while waiting or running:
+            if session.stop.is_set():
+                session.cut.set()
+                waiting.clear()
+            while waiting and session.evaluator.n_free:
+                session.evaluator.submit(waiting[0], fits[waiting[0]])
+                running.add(waiting.pop(0))
+            for i, outcome in session.evaluator.wait(timeout=0.2) if running else []:
+                running.remove(i)
+                if outcome.stopped:
+                    continue
+                known[str(fits[i].seed)] = outcome.to_json()
+                name = f"re-evaluation of {fits[i].folder.name}"
+                if outcome.micro_batch is not None:
+                    session.console.print(f"{name}: {format_micro_batch(outcome.micro_batch)}")
+                if outcome.error is not None:
+                    session.console.print(f"{name}: {outcome.error}")
+                # A failure that may pass is tried again the next time.
+                lasting = {k: o for k, o in known.items() if o["error"] is None or o["diverged"]}
+                _write_json(path, lasting)
+            parts = (session.evaluator.epochs_done(i) / fits[i].epochs for i in running)
+            progress(total - len(waiting) - len(running) + sum(parts), total)
     if session.stop.is_set():
         raise FitStopped
     outcomes = [Outcome.from_json(known[str(fit.seed)]) for fit in fits]
@@ -450,15 +456,20 @@ def _retrain(
             ModelCheckpoint(folder, "last", enable_version_counter=False),
             Epochs(session.console),
         ]
-        trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
         images = build_data(config, session.data, seed, n_parts)
         last = folder / "last.ckpt" if begun else None
-        try:
-            trainer.fit(classifier, datamodule=images, ckpt_path=last, weights_only=True)
-        except Diverged as error:
-            if not classifier.epochs:
-                raise
-            session.console.print(f"The final training {error}; its best epoch is kept.")
+        # At most: it may stop early.
+        with advancing(
+            session.console, "Final training", "at most {} left", len(curve)
+        ) as progress:
+            callbacks.append(Watched(lambda done: progress(done, config.final.max_epochs)))
+            trainer = build_trainer(config, config.final.max_epochs, folder, callbacks, 0)
+            try:
+                trainer.fit(classifier, datamodule=images, ckpt_path=last, weights_only=True)
+            except Diverged as error:
+                if not classifier.epochs:
+                    raise
+                session.console.print(f"The final training {error}; its best epoch is kept.")
         curve = classifier.epochs
     _write_csv(
         session.folder / "final" / "learning_curve.csv",
@@ -629,7 +640,7 @@ def _show(
     n_tests: int,
 ) -> None:
     """Print what was found, in a sentence and in tables; say if others were tested before."""
-    console, genes = session.console, winner.genes
+    console = session.console
     table = Table("class", box=None, pad_edge=False, header_style="bold")
     for column in ("precision", "recall", "F1", "images"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -649,11 +660,8 @@ def _show(
             table.add_row(name, *map(str, counts))
         console.print(table, soft_wrap=False)
     low, high = test["accuracy_ci95"]
-    frozen = int(genes["frozen_layers"])
     console.print(
-        f"Found: the first {genes['included_layers']} of {session.config.model.n_layers} layers, "
-        + (f"{frozen} of them frozen" if frozen else "nothing frozen")
-        + f", learning rate {genes['learning_rate']:.2g}, dropout {genes['dropout']:.2f}. "
+        f"Found: {describe_genes(winner.genes, session.config.model.n_layers)}. "
         f"Of {test['n']} images that "
         + ("nothing before has seen" if n_tests == 1 else "no training has seen")
         + f", {test['accuracy']:.1%} are classified right "
@@ -664,7 +672,7 @@ def _show(
             f"This is final model {n_tests} of this run: whoever picks the best of them by these "
             "figures makes them optimistic."
         )
-    console.print(_whereabouts(session.folder), soft_wrap=True)
+    console.print(_whereabouts(session.folder, session.config), soft_wrap=True)
 
 
 def _report(session: Session) -> None:
@@ -677,15 +685,24 @@ def _report(session: Session) -> None:
         session.console.print(f"The report could not be made: {reason(error)}", soft_wrap=True)
 
 
-def _whereabouts(folder: Path) -> str:
-    """Say where everything lies, a path a line, to be copied."""
-    page = folder / REPORT
-    command = shlex.join(["python", "-m", "gatl.report", f"run={folder}"])
-    return (
-        f"Report:       {page if page.is_file() else f'make it with {command}'}\n"
-        f"Model:        {folder / 'best.ckpt'}\n"
-        f"All figures:  {folder / 'result.json'}\n"
-        f"Every trial:  {folder / 'history.csv'}"
+def _whereabouts(folder: Path, config: Config) -> str:
+    """Say where everything lies and what can be done with it, to be copied."""
+    page, run, trust = folder / REPORT, f"run={folder}", word_for(config)
+    read = ["webbrowser", page.absolute().as_uri()] if page.is_file() else ["gatl.report", run]
+    commands = (
+        read,
+        ["gatl.predict", run, "images=PHOTOS", *trust],
+        ["gatl.export", run, "format=onnx", *trust],
+    )
+    return "\n".join(
+        [
+            f"Report:       {page if page.is_file() else 'none yet'}",
+            f"Model:        {folder / 'best.ckpt'}",
+            f"All figures:  {folder / 'result.json'}",
+            f"Every trial:  {folder / 'history.csv'}",
+            "Read the report, classify images, export the model:",
+            *(f"  {shlex.join(['python', '-m', *words])}" for words in commands),
+        ]
     )
 
 

@@ -1,6 +1,8 @@
 """The driver of a search: ask, evaluate, tell, until the budget is spent."""
 
+import math
 import shutil
+import statistics
 import threading
 import time
 from collections import deque
@@ -15,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Chromosome, Value
 from gatl.config import Config
-from gatl.cost import Cost, expected_costs
+from gatl.cost import Cost, expected_costs, generation_seconds
 from gatl.errors import UserError
 from gatl.evaluation import CHECKPOINT, Evaluator, Fit, fit_seed
 from gatl.halving import survivors
+from gatl.loggers import Curve
 from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.record import (
@@ -44,8 +47,18 @@ By number, because the largest networks start first and are the first to find no
 _LATEST = 200
 """Fits that tell what others cost; more would tell no more."""
 
+_LIKE = 16
+"""Latest trials, at least, that those to come are held to be like, in what they cost."""
+
 _TICK = 0.2
 """Seconds after which the driver looks whether it is to stop."""
+
+
+_FORECAST = 0.5
+"""Seconds between two estimates of the time left."""
+
+_TELLING = 0.25
+"""Epochs from which on a running fit tells what one costs, as long as none has ended."""
 
 
 class Ending(Enum):
@@ -70,6 +83,7 @@ class Search:
         cut: The driver sets it to make running fits end, when it is to stop or
             the time budget is spent. Their trials stay RUNNING, to be finished
             on resume.
+        curve: Logs how the search goes.
     """
 
     def __init__(
@@ -82,10 +96,11 @@ class Search:
         view: View,
         stop: threading.Event,
         cut: Event,
+        curve: Curve | None = None,
     ) -> None:
         self._config, self._study, self._strategy = config, study, strategy
         self._evaluator, self._folder, self._view = evaluator, folder, view
-        self._stop, self._cut = stop, cut
+        self._stop, self._cut, self._curve = stop, cut, curve
         self._space = config.space
         self._distributions = strategy.distributions()
         self._history = History(folder, config.space.names)
@@ -93,11 +108,13 @@ class Search:
         self._queue: deque[int] = deque()  # asked for, not yet evaluated
         self._chromosomes: dict[int, Chromosome] = {}  # of the trials that have not ended
         self._begun: dict[Chromosome, int] = {}  # being evaluated, at a rung perhaps
-        self._running: set[int] = set()
+        self._running: dict[int, float] = {}  # and since when, as `time.monotonic` has it
         self._reached: dict[int, Outcome] = {}  # the last rung of trials that have not ended
         self._known: dict[Chromosome, int] = {}  # evaluated: the first trial with that result
         self._pruned: dict[tuple[Chromosome, int | None], int] = {}  # the same, by generation
         self._costs: deque[Cost] = deque(maxlen=_LATEST)  # of the fits that ended last
+        self._n_ended, self._n_fitted = 0, 0  # trials; the others had another's result
+        self._forecast_at = -math.inf  # when the last estimate was made
         self._n_leading = 0  # trials 0 ... n - 1 have all ended
         self._any_complete = False  # in this session: the first fit always finishes
         self._failures: list[str] = []  # kinds, in a row, of the last of the leading trials
@@ -113,7 +130,7 @@ class Search:
             UserError: If no fit can work, or too many in a row failed.
         """
         self._since = time.monotonic() - seconds_of(self._study)
-        deadline = time.monotonic() + self._config.budget.seconds
+        self._deadline = deadline = time.monotonic() + self._config.budget.seconds
         self._take_up()
         while True:
             interrupted = self._stop.is_set()
@@ -127,6 +144,7 @@ class Search:
             if self._running:
                 for number, outcome in self._evaluator.wait(_TICK):
                     self._end(number, outcome)
+                self._forecast()
                 self._view.tick()
             elif interrupted or late or not (self._chromosomes or self._askable):
                 break  # otherwise all were known already, or wait at a rung
@@ -194,7 +212,7 @@ class Search:
 
         The unfinished trials are of one generation, since the next waits for its end.
         """
-        waiting = sorted(self._reached.keys() - self._running - set(self._queue))
+        waiting = sorted(self._reached.keys() - self._running.keys() - set(self._queue))
         if not waiting:
             return
         rung = min(self._reached[number].epochs for number in waiting)
@@ -244,12 +262,12 @@ class Search:
                 self._reuse(number, source)
             elif self._begun.setdefault(chromosome, number) == number:
                 self._queue.remove(number)
-                self._running.add(number)
+                self._running[number] = time.monotonic()
                 self._submit(number, self._space.to_dict(chromosome))
 
     def _submit(self, number: int, genes: Mapping[str, Value]) -> None:
         folder = self._fit_folder(number)
-        reached = self._reached[number].epochs if number in self._reached else 0
+        reached = self._epochs_reached(number)
         if not reached:
             shutil.rmtree(folder, ignore_errors=True)  # of a fit that was cut off
         ends = (*self._config.rungs, self._config.trainer.max_epochs)
@@ -258,6 +276,9 @@ class Search:
         fit = Fit(genes, epochs, seed, folder, goes_on=epochs in self._config.rungs)
         self._evaluator.submit(number, fit)
         self._view.started(number, genes)
+
+    def _epochs_reached(self, number: int) -> int:
+        return self._reached[number].epochs if number in self._reached else 0
 
     def _fit_folder(self, number: int) -> Path:
         return self._folder / "trials" / str(number)
@@ -269,7 +290,7 @@ class Search:
 
     def _end(self, number: int, outcome: Outcome) -> None:
         """Take the outcome of a fit."""
-        self._running.remove(number)
+        del self._running[number]
         if outcome.stopped:
             self._queue.appendleft(number)
             return
@@ -302,6 +323,7 @@ class Search:
         self._reached.pop(number, None)
         self._learn(trial)
         self._publish()
+        self._forecast()
         self._view.ended(trial)
         self._require_some_success()
 
@@ -309,6 +331,8 @@ class Search:
         """Remember a result that counts for equal chromosomes; its fit will not go on."""
         if self._config.rungs:
             (self._fit_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
+        self._n_ended += 1
+        self._n_fitted += outcome_of(trial).reused_from is None
         chromosome = self._space.from_dict(trial.params)
         if trial.state is TrialState.COMPLETE or outcome_of(trial).diverged:
             self._known.setdefault(chromosome, trial.number)
@@ -320,6 +344,61 @@ class Search:
         """Remember what a fit took."""
         if outcome.epochs and outcome.reused_from is None:
             self._costs.append(Cost(genes, outcome.duration_s / outcome.epochs))
+
+    def _forecast(self) -> None:
+        """Tell the view, now and then, how far the running fits are and how long the rest takes."""
+        if time.monotonic() - self._forecast_at < _FORECAST:
+            return
+        self._forecast_at = time.monotonic()
+        done = {
+            number: max(self._evaluator.epochs_done(number), self._epochs_reached(number))
+            for number in self._running
+        }
+        self._view.forecast(self._seconds_left(done), done)
+
+    def _seconds_left(self, done: Mapping[int, float]) -> float | None:
+        """Estimate what the search still takes.
+
+        Args:
+            done: Epochs that the running fits have done, by number.
+
+        Returns:
+            Seconds; None as long as no fit tells what an epoch costs.
+        """
+        now = time.monotonic()
+        known = list(self._costs) or [
+            Cost(self._trials[number].params, (now - self._running[number]) / epochs)
+            for number, reached in done.items()
+            if (epochs := reached - self._epochs_reached(number)) >= _TELLING
+        ]
+        if not known:
+            return None
+        last, n_trials = len(self._trials) - 1, self._config.n_trials
+        n_workers, size = self._evaluator.n_workers, last + 1 - self._strategy.horizon(last)
+        if self._strategy.generation(last) is None:  # no more run at once than know of no other
+            at_once = n_trials - self._strategy.horizon(n_trials) + 1
+            n_workers = size = min(n_workers, at_once)
+        ends = (*self._config.rungs, self._config.trainer.max_epochs)
+        factor = self._config.pruner.reduction_factor if self._config.pruner else 1
+        fits = [
+            number
+            for number, chromosome in self._chromosomes.items()
+            if self._begun.get(chromosome, number) == number  # else it gets another's result
+        ]
+        latest = self._trials[-max(size, _LIKE) :]
+        genes = [trial.params for trial in (*(self._trials[number] for number in fits), *latest)]
+        costs = expected_costs(genes, known)
+        costs, of_latest = costs[: len(fits)], costs[len(fits) :]
+        reached = [done.get(number, self._epochs_reached(number)) for number in fits]
+        seconds = generation_seconds(
+            list(zip(reached, costs, strict=True)), ends, factor, n_workers
+        )
+        # The others are like the latest; some of them have been fitted before.
+        n_fits = round(size * self._n_fitted / self._n_ended) if self._n_ended else size
+        alike = [(0.0, statistics.fmean(of_latest))] * n_fits
+        each = generation_seconds(alike, ends, factor, n_workers)
+        seconds += max(n_trials - len(self._trials), 0) / size * each
+        return min(seconds, self._deadline - now)
 
     def _source(self, number: int, chromosome: Chromosome) -> int | None:
         """Return the trial whose result is a trial's, if there is one.
@@ -335,6 +414,8 @@ class Search:
             self._count_failure(self._n_leading)
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
+        if self._curve is not None:
+            self._curve.update(trials[: self._n_leading])
 
     def _count_failure(self, number: int) -> None:
         """Count failures in a row; one of another kind begins anew, and a fit that ends clears."""

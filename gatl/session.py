@@ -34,9 +34,10 @@ from gatl.evaluation import (
 )
 from gatl.features import is_shared, why_off
 from gatl.files import sync, writing
+from gatl.loggers import CURVE, require_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
-from gatl.progress import decoding
+from gatl.progress import advancing
 from gatl.record import JOURNAL, held, open_study, require_genes
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
@@ -99,6 +100,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
         console.print(f"Halving: off (it compares the fits of a generation, and {name} has none)")
     evaluator_class = _evaluator_class(config)
     require_arguments("logger", config.logger, save_dir="", name="", version="")
+    require_logger(config, folder / CURVE)
     network = _largest_network(config)
     report = load_pretrained(config, network)
     images, features = folder / ".images", folder / ".features"
@@ -108,7 +110,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                 shutil.rmtree(scratch, ignore_errors=True)
             source = instantiate(config.data.source)
             images.mkdir()
-            with decoding(console) as progress, writing(images):
+            with advancing(console, "Decoding images") as progress, writing(images):
                 data = prepare(
                     source,
                     image_size=config.data.image_size,

@@ -34,7 +34,7 @@ MAX_YAML = 2**18
 MAX_BITS = 1024
 """Of a whole number: larger ones are no floats, and Python may refuse to write them."""
 _LOCK = "study.journal.lock"  # Optuna's, a link; a killed driver leaves it
-_FOLDERS = frozenset({".features", ".hydra", ".images", "final", "trials"})
+_FOLDERS = frozenset({".features", ".hydra", ".images", "final", "search", "trials"})
 _FILES = frozenset(
     {_LOCK, "MODEL_CARD.md", "best.ckpt", "classes.json", "history.csv", "images.csv", "model.onnx"}
     | {"report.html", "result.json", "study.journal"}

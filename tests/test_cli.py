@@ -287,7 +287,7 @@ def test_a_run_that_is_told_nothing_stays_as_it_is(run_folder):
         ("~budget.time", "~budget.time cannot change on resume"),
         ("logger.foo=1", "logger.foo is no setting (nearest: logger)"),
         ("final.sead=1", "final.sead is no setting (nearest: final.seeds)"),
-        ("logger=wandb", "logger=wandb is no choice; there are: csv, tensorboard"),
+        ("logger=mlflow", "logger=mlflow is no choice; there are: csv, tensorboard, wandb"),
         ("final.seeds=1,2", f"final.seeds=1,2 {SEVERAL}"),
         ("budget", f"'budget' {NO_OVERRIDE}"),
     ],

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from gatl.cost import Cost, expected_costs
+from gatl.cost import Cost, expected_costs, generation_seconds, makespan
 
 
 def genes(included, frozen):
@@ -48,3 +48,24 @@ def test_it_learns_that_early_layers_cost_more():
     actual = [seconds(L, F) for L, F in others]
     ranks = [np.argsort(np.argsort(x)) for x in (expected, actual)]
     assert np.corrcoef(*ranks)[0, 1] > 0.8
+
+
+def test_makespan_is_that_of_the_longest_first():
+    """Graham (1969), table 1: 4/3 - 1/(3m) times the optimum, here 11 against 9."""
+    assert makespan([5, 5, 4, 4, 3, 3, 3], 3) == 11
+    assert makespan([], 3) == 0
+    assert makespan([2, 2, 2], 2) == 4
+
+
+def test_a_generation_is_halved_at_its_rungs():
+    # 8 fits of 1 epoch on 2 workers, 4 more epochs for 4 ... : 4 + 2 + 1 * 2 (4 epochs are 2 more)
+    assert generation_seconds([(0, 1.0)] * 8, (1, 2, 4), 2, 2) == 4 + 2 + 2
+    assert generation_seconds([(0, 1.0)] * 8, (4,), 1, 2) == 16
+    assert generation_seconds([], (1, 2, 4), 2, 2) == 0
+
+
+def test_what_a_generation_has_done_is_not_ahead():
+    # At the first rung are two; two have half an epoch left for it; one of two dear ones goes on.
+    fits = [(1, 1.0), (1, 1.0), (0.5, 3.0), (0.5, 3.0)]
+    assert generation_seconds(fits, (1, 2), 2, 2) == 1.5 + 2.0
+    assert generation_seconds([(1.5, 2.0), (1.25, 2.0)], (1, 2), 2, 2) == 1.5

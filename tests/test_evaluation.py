@@ -635,6 +635,11 @@ def test_worker_processes(fitter, processes, stop, tmp_path):
     other = processes._idle[0]
     processes.submit(3, fit(tmp_path / "3", epochs=FOREVER))
     outcomes = drain(processes, 1)
+    assert processes.epochs_done(2) == 0  # it runs no more
+    while processes.epochs_done(3) <= 1:
+        time.sleep(0.01)
+    batches = processes.epochs_done(3) * 3
+    assert batches == pytest.approx(round(batches))
     assert {key: same(o) for key, o in outcomes.items()} == {2: expected[0]}
 
     # A fit whose worker dies twice has failed; the other worker goes on.

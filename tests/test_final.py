@@ -4,11 +4,13 @@ import csv
 import io
 import itertools
 import json
+import shlex
 import shutil
 import signal
 import sys
 import threading
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -73,6 +75,9 @@ class FakeEvaluator:
     def wait(self, timeout):
         ended, self._waiting = self._waiting, []
         return ended
+
+    def epochs_done(self, key):
+        return 0.0
 
     def close(self, *, now=False):
         pass
@@ -407,6 +412,27 @@ def test_what_was_found_is_printed(made, result):
     for name in CLASSES:
         assert len([line for line in out.splitlines() if line.startswith(name)]) == 2
     assert str(made.folder / "best.ckpt") in out
+
+
+def test_the_next_commands_name_the_run_and_what_it_trusts(tmp_path):
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    (folder / "report.html").write_text("found")
+    config = checked(compose([*OVERRIDES, "search=cmaes"]))
+    trust = "trust=optuna.samplers.CmaEsSampler"
+    page, *others = final._whereabouts(folder, config).splitlines()[-3:]
+    run = shlex.quote(f"run={folder}")
+    assert others == [
+        f"  python -m gatl.predict {run} images=PHOTOS {trust}",
+        f"  python -m gatl.export {run} format=onnx {trust}",
+    ]
+    _, _, module, uri = page.split()
+    assert module == "webbrowser"
+    assert urlopen(uri).read() == b"found"
+    (folder / "report.html").unlink()
+    said = final._whereabouts(folder, checked(compose(OVERRIDES)))
+    assert f"  python -m gatl.report {run}\n" in said
+    assert "trust=" not in said
 
 
 # What can go wrong.

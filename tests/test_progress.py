@@ -13,7 +13,8 @@ from gatl import progress
 from gatl.outcome import Outcome
 from gatl.progress import (
     View,
-    decoding,
+    advancing,
+    describe_genes,
     format_count,
     format_duration,
     format_loss,
@@ -70,10 +71,10 @@ def screen(view, width=80, height=24):
     return [line.rstrip() for line in text.splitlines()]
 
 
-def plain(n_trials=8, n_workers=2, **more):
+def plain(n_trials=8):
     """Return a view that is not on a terminal."""
     console = Console(file=io.StringIO(), width=80, _environ={})
-    return View(console, n_trials, n_workers, by_four, **more), console.file
+    return View(console, n_trials, 2, 58, by_four), console.file
 
 
 def test_plain_output_is_a_line_a_trial_without_escape_codes():
@@ -82,6 +83,7 @@ def test_plain_output_is_a_line_a_trial_without_escape_codes():
         view.resumed([])
         for number in range(4):
             view.started(number, GENES)
+            view.forecast(240.0, {number: 0.5})
             view.tick()
             view.ended(trial(number, 1.0 - number / 10))
     lines = out.getvalue().splitlines()
@@ -93,22 +95,31 @@ def test_plain_output_is_a_line_a_trial_without_escape_codes():
     assert [line.split(" · ")[0] for line in lines[:4]] == [
         f"[{n + 1}/8] trial {n}" for n in range(4)
     ]
-    assert lines[4:] == ["generation 0 done · mean val_loss 0.8500 · best so far 0.7000 (trial 3)"]
+    assert lines[4:] == [
+        "generation 0 done · mean val_loss 0.8500 · best so far 0.7000 (trial 3)",
+        "Best so far: all 58 layers, 18 frozen, lr 1.2e-05, dropout 0.50: val_loss 0.7000, "
+        "accuracy 25.0% (trial 3)",
+    ]
 
 
-def test_the_time_left_follows_from_fits_that_were_run_and_from_the_budget():
-    view, out = plain()
-    view.resumed(
-        [trial(0), trial(1, reused_from=0, duration_s=0.0), trial(2, None, duration_s=120.0)]
-    )
-    view.ended(trial(3, duration_s=180.0))
-    assert out.getvalue().splitlines()[-2].endswith("· about 4 min left")  # 4 fits of 2 min, by 2
-    view, out = plain(seconds=30.0)
+def test_plain_output_says_what_is_best_when_it_is_another_one():
+    view, out = plain(12)
+    for number in range(12):
+        view.ended(trial(number, 0.25 if number == 9 else 0.5))
+    told = [line[-9:] for line in out.getvalue().splitlines() if line.startswith("Best so far")]
+    assert told == ["(trial 0)", "(trial 9)"]
+
+
+def test_the_time_left_is_shown_as_far_as_it_is_known():
+    for seconds, shown in ((None, ""), (-1.0, ""), (130.0, " · about 2 min left")):
+        view, out = plain()
+        view.forecast(seconds, {})
+        view.ended(trial(0))
+        assert out.getvalue().endswith(f" · 60 s{shown}\n")
+    view, out = plain(n_trials=1)
+    view.forecast(5.0, {})
     view.ended(trial(0))
-    assert out.getvalue().splitlines()[-1].endswith("· about 30 s left")
-    view, out = plain(seconds=0.0)
-    view.ended(trial(0))
-    assert out.getvalue().splitlines()[-1].endswith("· 60 s")
+    assert "left" not in out.getvalue()
 
 
 def test_failures_and_reused_results_are_told():
@@ -137,7 +148,7 @@ def test_a_generation_without_a_result_is_summed_up_too():
 def test_what_looks_like_markup_or_an_emoji_is_shown_as_it_is():
     name = "[red]roses[/red] :smile: [/] \\[b]"
     for console in (Console(file=io.StringIO()), terminal()):
-        view = View(console, 8, 1, by_four)
+        view = View(console, 8, 2, 58, by_four)
         view.ended(trial(0, None, error=f"OSError: {name}"))
         assert f"failed: OSError: {name}" in console.file.getvalue()
 
@@ -176,12 +187,12 @@ def test_micro_batches_are_told_in_a_line_of_their_own():
 
 
 def test_going_on_counts_who_waits_at_a_rung():
-    view = View(terminal(), 8, 2, by_four)
+    view = View(terminal(), 8, 2, 58, by_four)
     waiting = trial(1, 1.0, epochs=1)
     waiting.state = TrialState.RUNNING
     cut_off = create_trial(state=TrialState.RUNNING)
     view.resumed([trial(0), waiting, cut_off])
-    assert "1 of 8 trials done · 0 running · 1 waiting at a rung" in "\n".join(screen(view))
+    assert "1 of 4 · 0 running · 1 at a rung" in "\n".join(screen(view))
 
 
 def test_going_on_says_what_is_done():
@@ -197,7 +208,7 @@ def test_going_on_says_what_is_done():
 
 
 def test_the_live_table_shows_where_the_search_stands():
-    view = View(terminal(), 8, 2, by_four)
+    view = View(terminal(), 8, 2, 58, by_four)
     view.ended(trial(0, 0.75))
     view.ended(trial(1, 0.5))
     view.ended(trial(2, 0.5, reused_from=1))
@@ -205,6 +216,7 @@ def test_the_live_table_shows_where_the_search_stands():
     view.ended(trial(4, None, error="OSError", val_accuracy=None))
     view.ended(trial(5, 1.0, duration_s=30.0))
     view.started(6, trial(6).params)
+    view.forecast(54.0, {6: 1.25})
     assert screen(view) == [
         "trial gen included frozen      lr dropout val_loss   acc  time",
         "    0   0       58     18 1.2e-05    0.50   0.7500 25.0%  60 s",
@@ -213,19 +225,48 @@ def test_the_live_table_shows_where_the_search_stands():
         "    3   0       58     18 1.2e-05    0.50 diverged        60 s",
         "    4   1       58     18 1.2e-05    0.50   failed        60 s",
         "    5   1       58     18 1.2e-05    0.50   1.0000 25.0%  30 s",
-        "    6   1       58     18 1.2e-05    0.50      ...       0.0 s",
-        "6 of 8 trials done · 1 running · about 54 s left",
-        "generation 1: mean val_loss 1.0000 · best so far 0.5000 (trial 1)",
+        "    6   1       58     18 1.2e-05    0.50   2/2 ep       0.0 s",
+        f"generation 1  {'━' * 21}╸{'━' * 11}  2 of 4 · 1 running",  # 2.625 of 4
+        f"search        {'━' * 27}╺{'━' * 5}  6 of 8 trials · about 54 s left",
+        "Best so far: all 58 layers, 18 frozen, lr 1.2e-05, dropout 0.50: val_loss",
+        "0.5000, accuracy 25.0% (trial 1)",
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("genes", [FOUR, tuple(GENES)])
+def test_the_live_table_fits_a_narrow_terminal(width, genes):
+    view = View(terminal(width=width), 24, 100, 58, by_four)
+    for number in range(8):
+        view.ended(trial(number, 0.75, genes=genes, duration_s=89 * 60))
+    for number in range(8, 12):
+        view.started(number, trial(number, genes=genes).params)
+    view.paused(11, {}, Outcome(0.5, epochs=1))
+    view.forecast(5000.0, {8: 11.5})
+    lines = screen(view, width)
+    assert len(lines) <= 18
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    more = ", decay 1.2e-05, smooth 0.10" if len(genes) > 4 else ""
+    assert f"all 58 layers, 18 frozen, lr 1.2e-05, dropout 0.50{more}: " in text
+    assert text.endswith("val_loss 0.7500, accuracy 25.0% (trial 0)")
+    assert "0 of 4 · 3 running · 1 at a rung" in text
+    assert "8 of 24 trials · about 83 min left" in text
+    (running,) = (line for line in lines if line.lstrip().startswith("8 "))
+    assert "12/100 ep" in running
+    assert ("gen" in lines[0].split()) == (width > 60)
+    assert any(line.split()[:1] == ["search"] and line.count("━") > 3 for line in lines)
 
 
 @pytest.mark.parametrize("height", [10, 24, 60])
 def test_the_widest_table_fits_80_columns_and_any_height(height):
-    view = View(terminal(height), 99_999, 64, lambda number: 999)
+    view = View(terminal(height), 99_999, 2, 58, lambda number: 999)
     for number in range(10_000, 10_040):
         view.ended(trial(number, 123456.789, genes=tuple(GENES), duration_s=89 * 60))
     for number in range(20_000, 20_064):
         view.started(number, GENES)
+    view.forecast(1e6, {})
     lines = screen(view, height=height)
     assert len(lines) < height
     assert max(map(len, lines)) <= 80
@@ -234,17 +275,16 @@ def test_the_widest_table_fits_80_columns_and_any_height(height):
         *("trial", "gen", "included", "frozen", "lr", "dropout", "decay", "smooth"),
         *("val_loss", "acc", "time"),
     ]
-    assert all(len(line.split()) in (9, 10, 11, 12, 13) for line in lines[1:-2])
-    assert sum("..." in line for line in lines) >= 2  # some of the running ones
-    assert lines[-2].startswith("40 of 99999 trials done · 64 running · about")
-    assert (
-        lines[-1] == "generation 999: mean val_loss 1.23e+05 · best so far 1.23e+05 (trial 10000)"
-    )
+    assert sum("1/2 ep" in line for line in lines) >= 1  # some of the running ones
+    assert lines[-4].endswith(" 40 of 99999 · 64 running")
+    assert lines[-3].endswith(" 40 of 99999 trials · about 277.8 h left")
+    assert lines[-2].startswith("Best so far: all 58 layers, 18 frozen, lr 1.2e-05")
+    assert lines[-1].endswith("(trial 10000)")
 
 
 def test_a_terminal_keeps_the_sums_of_generations_and_the_reasons_of_failures():
     console = terminal()
-    with View(console, 8, 1, by_four) as view:
+    with View(console, 8, 2, 58, by_four) as view:
         for number in range(4):
             view.started(number, trial(number).params)
             view.tick()
@@ -256,7 +296,7 @@ def test_a_terminal_keeps_the_sums_of_generations_and_the_reasons_of_failures():
 
 def test_a_terminal_that_cannot_redraw_gets_plain_lines():
     console = Console(force_terminal=True, file=io.StringIO(), width=80, _environ={"TERM": "dumb"})
-    with View(console, 8, 1, by_four) as view:
+    with View(console, 8, 2, 58, by_four) as view:
         view.ended(trial(0))
         view.tick()
     assert console.file.getvalue().startswith("[1/8] trial 0")
@@ -265,35 +305,77 @@ def test_a_terminal_that_cannot_redraw_gets_plain_lines():
 
 def test_a_search_without_generations_has_none_to_show():
     console = Console(file=io.StringIO(), width=80)
-    view = View(console, 2, 1, lambda number: None)
+    view = View(console, 2, 2, 58, lambda number: None)
     view.ended(trial(0))
     view.ended(trial(1))
     assert "generation" not in console.file.getvalue()
-    assert len(console.file.getvalue().splitlines()) == 2
+    lines = console.file.getvalue().splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["[1/2]", "Best", "[2/2]"]
+    assert " 2 of 2 trials · 0 running" in screen(view)[-3]
 
 
 def test_decoding_is_shown_now_and_then_without_a_terminal(monkeypatch):
     clock = itertools.count(0, 20)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     console = Console(file=io.StringIO(), width=80)
-    with decoding(console) as report:
+    with advancing(console, "Decoding images") as report:
         for done in range(256, 1281, 256):
             report(done, 1280)
-    lines = console.file.getvalue().splitlines()
-    assert lines
-    assert len(lines) < 5
-    assert all(re.fullmatch(r"Decoding images: \d+ of 1280 \.\.\.", line) for line in lines)
+    assert console.file.getvalue().splitlines() == [
+        "Decoding images: 512 of 1280 · about 60 s left ...",  # 40 s for 512
+        "Decoding images: 1024 of 1280 · about 20 s left ...",  # 80 s for 1024
+    ]
+
+
+def test_what_was_done_before_tells_nothing_of_the_time_left(monkeypatch):
+    clock = iter((0.0, 60.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    console = Console(file=io.StringIO(), width=80)
+    with advancing(console, "Final training", "at most {} left", before=6) as report:
+        report(7, 10)
+    assert console.file.getvalue() == "Final training: 7 of 10 · at most 3 min left ...\n"
+
+
+def test_on_a_terminal_work_is_a_bar_that_goes_when_it_is_done():
+    console = terminal()
+    with advancing(console, "Re-evaluations") as report:
+        report(0.5, 4)
+    out = console.file.getvalue()
+    assert "Re-evaluations" in out
+    assert " 0 of 4 · about " in out
+    assert out.endswith("\x1b[2K")  # the line is erased
+
+
+def test_the_live_table_is_drawn_now_and_then(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    console = terminal()
+    with View(console, 8, 2, 58, by_four) as view:
+        drawn = []
+        for _ in range(21):  # four seconds of the driver's ticks
+            view.tick()
+            drawn.append(console.file.getvalue().count("search"))
+            clock[0] += 0.2
+    assert 4 <= len(set(drawn)) <= 9
 
 
 def test_decoding_few_images_says_nothing_without_a_terminal():
     console = Console(file=io.StringIO(), width=80)
-    with decoding(console) as report:
+    with advancing(console, "Decoding images") as report:
         report(10, 10)
     assert console.file.getvalue() == ""
 
 
 def test_one_is_singular():
     assert [format_count(n, "epoch") for n in (0, 1, 2)] == ["0 epochs", "1 epoch", "2 epochs"]
+
+
+def test_a_chromosome_in_words():
+    genes = {name: GENES[name] for name in FOUR}
+    assert describe_genes(genes, 58) == "all 58 layers, 18 frozen, lr 1.2e-05, dropout 0.50"
+    genes |= {"included_layers": 7, "frozen_layers": 0}
+    said = describe_genes(genes, 58)
+    assert said == "the first 7 of 58 layers, nothing frozen, lr 1.2e-05, dropout 0.50"
 
 
 def test_numbers_are_short():
@@ -326,15 +408,16 @@ def test_plain_output_shows_rungs_and_who_is_stopped_there():
 
 
 def test_live_table_counts_who_waits_at_a_rung_and_marks_who_was_stopped():
-    view = View(terminal(), 8, 2, by_four)
+    view = View(terminal(), 8, 2, 58, by_four)
     for number in range(3):
         view.started(number, GENES)
         view.paused(number, GENES, Outcome(1.0, val_accuracy=0.5, epochs=2))
-    assert screen(view)[-1] == "0 of 8 trials done · 0 running · 3 waiting at a rung"
+    assert screen(view)[-3].endswith(" 0 of 4 · 0 running · 3 at a rung")
     view.started(0, GENES)
     view.ended(pruned(1, 1.25, epochs=2))
     lines = screen(view)
     assert next(line for line in lines if line.lstrip().startswith("1 ")).endswith(
-        "1.2500 25.0% 2 ep"
+        "1.2500 25.0%   2 ep"
     )
-    assert "1 of 8 trials done · 1 running · 1 waiting at a rung" in lines[-1]
+    assert lines[-3].endswith(" 1 of 4 · 1 running · 1 at a rung")
+    assert lines[-1] == "Best so far: no trial has come to its end yet"

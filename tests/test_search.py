@@ -8,6 +8,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,9 @@ class FakeEvaluator:
         key = self._rng.choice(list(self.running))
         return [(key, self.evaluate(self.running.pop(key)))]
 
+    def epochs_done(self, key):
+        return 0.0
+
     def close(self, *, now=False):
         self.closed = True
 
@@ -136,6 +140,7 @@ class Spy:
         after_pauses: int | None = None,
     ):
         self.told: list[int] = []
+        self.forecasts: list[tuple[float, float | None]] = []
         self.paused_at: list[tuple[int, int]] = []
         self._after_pauses = after_pauses
         self.resumed_with: list[int] = []
@@ -156,6 +161,9 @@ class Spy:
         self.told.append(trial.number)
         if len(self.told) == self._after:
             self._action()
+
+    def forecast(self, seconds, epochs):
+        self.forecasts.append((time.monotonic(), seconds))
 
     def tick(self):
         pass
@@ -922,3 +930,66 @@ def test_a_divergence_whose_telling_was_cut_off_does_not_wait_at_a_rung(tmp_path
         again = Run(folder, FakeEvaluator(evaluate=evaluate), overrides=HALVED[0])
         assert again() is Ending.COMPLETE
         assert again.history == expected.history
+
+
+# The time left.
+
+
+class ClockedEvaluator(FakeEvaluator):
+    """Fits that end when a clock says so, which moves on by at most 20 seconds a look."""
+
+    def __init__(self, n_workers, seconds_of_an_epoch):
+        super().__init__(n_workers)
+        self.now = 0.0
+        self._seconds = seconds_of_an_epoch
+        self._since: dict[int, float] = {}
+        self._reached: dict[int, int] = {}
+
+    def submit(self, key, fit):
+        super().submit(key, fit)
+        self._since[key] = self.now
+
+    def epochs_done(self, key):
+        seconds = self._seconds(self.running[key].genes)
+        return self._reached.get(key, 0) + (self.now - self._since[key]) / seconds
+
+    def wait(self, timeout):
+        def end(key):
+            epochs = self.running[key].epochs - self._reached.get(key, 0)
+            return self._since[key] + epochs * self._seconds(self.running[key].genes)
+
+        key = min(self.running, key=end)
+        if end(key) > self.now + 20:
+            self.now += 20
+            return []
+        self.now = end(key)
+        fit = self.running.pop(key)
+        self._reached[key] = fit.epochs
+        return [(key, replace(learning(fit), duration_s=self.now - self._since[key]))]
+
+
+@pytest.mark.parametrize(
+    ("workers", "more"),
+    [(3, HALVING), (1, ()), (3, ("search=random",))],
+    ids=["halved", "whole", "without generations"],
+)
+def test_the_time_left_is_about_what_it_then_took(tmp_path, monkeypatch, workers, more):
+    evaluator = ClockedEvaluator(
+        workers, lambda genes: 1 + (genes["included_layers"] - genes["frozen_layers"]) / 4
+    )
+    monkeypatch.setattr("gatl.search._FORECAST", 0.0)
+    monkeypatch.setattr("gatl.search.time.monotonic", lambda: evaluator.now)
+    overrides = ("ga.pop=12", "ga.n_elites=4", "trainer.max_epochs=9", *more)
+    run = Run(tmp_path, evaluator, overrides=overrides)
+    assert run() is Ending.COMPLETE
+    known = [(now, left) for now, left in run.view.forecasts if left is not None]
+    assert known[0][0] < 9 * 8  # no whole fit has ended by then
+    assert known[-1][1] == 0
+    assert max(abs(now + left - evaluator.now) for now, left in known) < 0.3 * evaluator.now
+
+
+def test_the_time_left_is_at_most_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("gatl.search._FORECAST", 0.0)
+    run = whole(tmp_path / "run", overrides=("budget.time=15s",))
+    told = [left for _, left in run.view.forecasts if left is not None]
+    assert 10 < max(told) <= 15  # 18 fits of a second

@@ -1,0 +1,229 @@
+"""The loggers of fits, and of a search's own curve: Lightning's, each writing into one folder.
+
+A logger begins anew whenever its folder is opened: what there is to log is known, from the record
+or from a checkpoint, and is logged again. So nothing is there twice, however often a run goes on.
+"""
+
+import hashlib
+import os
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer, loggers
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from optuna.trial import FrozenTrial, TrialState
+
+from gatl.classifier import Classifier
+from gatl.config import Config
+from gatl.errors import UserError
+from gatl.outcome import fitness
+from gatl.ranking import incumbent
+from gatl.record import JOURNAL
+
+CURVE = "search"
+"""The folder of the search's own curve, in the run folder."""
+
+_EXTRAS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb"}
+
+
+def build_logger(config: Config, folder: Path) -> Logger:
+    """Build the configured logger; it writes into ``folder``, where earlier logs are removed.
+
+    Raises:
+        UserError: See `require_logger`.
+    """
+    logger = require_logger(config, folder)
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    shutil.rmtree(folder / "wandb", ignore_errors=True)
+    return logger
+
+
+def require_logger(config: Config, folder: Path) -> Logger:
+    """Build the configured logger for a folder, in which nothing is changed yet.
+
+    Raises:
+        UserError: If it cannot be made, or would write elsewhere.
+    """
+    try:
+        # Called by ourselves: Hydra would resolve what stands in the folder's name.
+        build = instantiate(config.logger, _partial_=True, _convert_="all")
+        logger: Logger = build(save_dir=str(folder.parent), name="", version=folder.name)
+    except UserError:
+        raise
+    except Exception as error:  # a target may raise anything
+        extra = _EXTRAS.get(config.logger["_target_"].rpartition(".")[2])
+        missing = isinstance(error, ModuleNotFoundError) and extra is not None
+        hint = f" (logger={extra} needs pip install 'gatl[{extra}]')" if missing else ""
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"The logger cannot be made{hint}: {message}") from error
+    there = logger.log_dir  # None: it writes no files
+    if there is not None and not Path(there).resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"The logger would write into {there}, not into {folder}: give it no other folder."
+        )
+    return logger
+
+
+class WandbLogger(loggers.WandbLogger):
+    """Weights & Biases: one of its runs for each fit, in a group for the run folder.
+
+    A fit that goes on, or is done again, goes on in its own one.
+
+    Args:
+        save_dir: In which folder the fit's is.
+        name: Unused.
+        version: The name of the fit's folder.
+        project: The project on W&B.
+        offline: Whether to write files alone, for ``wandb sync``; so does ``WANDB_MODE=offline``.
+
+    Raises:
+        UserError: If nobody is logged in at W&B, and files alone are not what is asked for.
+    """
+
+    def __init__(
+        self, save_dir: str, name: str, version: str, project: str = "gatl", offline: bool = False
+    ) -> None:
+        self._folder = folder = Path(save_dir, version)
+        run = next((p for p in folder.parents if (p / JOURNAL).is_file()), folder.parent)
+        place = folder.relative_to(run).as_posix()
+        super().__init__(
+            name=place,
+            save_dir=folder,
+            version=hashlib.sha256(f"{_identity(run)} {place}".encode()).hexdigest()[:16],
+            offline=offline,
+            project=project,
+            group=run.resolve().name,
+        )
+        import wandb
+
+        asked = "offline" if offline else os.environ.get("WANDB_MODE", "online")
+        if asked == "online" and not wandb.login(prompt=False):
+            raise UserError(
+                "logger=wandb finds nobody logged in at W&B: run wandb login, or write files for "
+                "wandb sync with logger.offline=true."
+            )
+        del self._wandb_init["anonymous"]  # W&B warns of it
+        # Nothing of the machine but what is logged, and no words on the terminal.
+        self._wandb_init["settings"] = wandb.Settings(
+            silent=True,
+            symlink=False,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            x_disable_stats=True,
+        )
+        self._known = -1  # the last step that W&B has of an earlier session
+
+    @property
+    def experiment(self) -> Any:  # noqa: ANN401 - the base class's type, of a package that may lack
+        """The run of W&B's."""
+        if self._experiment is None:
+            self._folder.mkdir(parents=True, exist_ok=True)  # otherwise it writes elsewhere
+            started: Any = super().experiment
+            for link in self._folder.glob("wandb/*run-*/logs/*.log"):  # out of the run folder
+                if link.is_symlink():
+                    link.unlink()
+            if started.resumed:
+                self._known = int(started.summary.get("trainer/global_step", -1))
+        return self._experiment
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics, unless an earlier session has logged this step."""
+        if self.experiment is not None and (step is None or step > self._known):
+            super().log_metrics(metrics, step)
+
+    def finalize(self, status: str) -> None:
+        """End the run of W&B's: the next fit in this process has one of its own."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+            self._experiment = None
+
+
+def _identity(run: Path) -> str:
+    """Return what no other run has: its record's first line, which names the process."""
+    journal = run / JOURNAL
+    if not journal.is_file():
+        return str(run.resolve())
+    with journal.open(encoding="utf-8", errors="replace") as file:
+        return file.readline()
+
+
+class Result(Callback):
+    """Logs what a fit has come to beside its genes: TensorBoard's HParams, the summary of W&B."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the best epoch's metrics."""
+        assert isinstance(pl_module, Classifier)
+        if not pl_module.epochs:
+            return
+        best = min(pl_module.epochs, key=lambda epoch: epoch["val_loss"])
+        metrics = {f"best/{name}": best[name] for name in ("val_loss", "val_accuracy")}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(pl_module.genes, metrics)
+            elif isinstance(logger, WandbLogger):
+                logger.log_hyperparams(pl_module.genes)
+                logger.experiment.summary.update(metrics)
+
+
+class Curve:
+    """The curve of a search, in its run folder: the best so far, and the means of generations.
+
+    Args:
+        config: The run's configuration.
+        folder: The run folder.
+        generation: From a trial's number to its generation, if there are any.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path, generation: Callable[[int], int | None]
+    ) -> None:
+        shutil.rmtree(folder / CURVE, ignore_errors=True)
+        self._logger = build_logger(config, folder / CURVE)
+        self._generation = generation
+        self._n_logged = 0
+        self._best: FrozenTrial | None = None
+        self._losses: list[float] = []  # of the generation that has not ended
+
+    def update(self, trials: Sequence[FrozenTrial]) -> None:
+        """Log the trials that have ended since.
+
+        Args:
+            trials: By number, from 0; all of them have ended.
+        """
+        for trial in trials[self._n_logged :]:
+            if point := self._point(trial):
+                self._logger.log_metrics(point, trial.number + 1)
+        if len(trials) > self._n_logged:
+            self._logger.save()
+        self._n_logged = len(trials)
+
+    def close(self) -> None:
+        """Write what has not been written."""
+        self._logger.finalize("success")
+
+    def _point(self, trial: FrozenTrial) -> dict[str, float]:
+        """Return what there is to log of a trial."""
+        point: dict[str, float] = {}
+        if trial.state is TrialState.COMPLETE and trial.value is not None:
+            self._best = incumbent([trial] if self._best is None else [self._best, trial])
+            self._losses.append(trial.value)
+            point["val_loss"] = trial.value
+        if self._best is not None and self._best.value is not None:
+            point |= {"best_val_loss": self._best.value, "best_fitness": fitness(self._best.value)}
+        group = self._generation(trial.number)
+        if group is not None and group != self._generation(trial.number + 1):
+            point["generation"] = group
+            if self._losses:
+                mean = statistics.fmean(self._losses)
+                point |= {"mean_val_loss": mean, "mean_fitness": fitness(mean)}
+            self._losses = []
+        return point
