@@ -49,7 +49,12 @@ from gatl.run_folder import (
 
 REPORT = "report.html"
 EXAMPLES = "examples"
-"""Folder in ``final/`` of small test images: N.png is that of row N of ``predictions.csv``."""
+"""Folder in ``final/`` of small test images: N.png is that of row N of ``predictions.csv``.
+
+N_heat.png is the same with its heat map, where there is one.
+"""
+SAMPLE_IMAGES = "samples"
+"""Folder in ``final/`` of small training images: N.png is one of class N."""
 RESULT = "result.json"
 HELP = """\
 gatl.report makes report.html in a run folder: what the search found and how
@@ -93,7 +98,7 @@ class Section:
     Attributes:
         title: Its heading.
         words: Paragraphs.
-        pictures: Small ones as ``data:`` URIs, each with its words.
+        pictures: Small ones as ``data:`` URIs, those beside each other with their words.
         charts: Drawn beside one another where there is room.
         table: Below them.
     """
@@ -101,7 +106,7 @@ class Section:
     title: str
     words: Sequence[str] = ()
     charts: Sequence[Chart] = ()
-    pictures: Sequence[tuple[str, str]] = ()
+    pictures: Sequence[tuple[Sequence[str], str]] = ()
     table: Table | None = None
 
 
@@ -540,7 +545,7 @@ def _test(folder: RunFolder, result: Mapping[str, Any]) -> list[Section]:
 
 
 def _examples(folder: RunFolder) -> list[Section]:
-    """Return the mistakes that the model was surest of, with pictures where the run kept them."""
+    """Return the answers that the model was surest of, with pictures where the run kept them."""
     answers = [
         (probability, row, index)
         for index, row in enumerate(folder.records("final/predictions.csv"))
@@ -549,24 +554,54 @@ def _examples(folder: RunFolder) -> list[Section]:
     answers.sort(key=lambda answer: -answer[0])
     wrong = [answer for answer in answers if answer[1].get("label") != answer[1].get("predicted")]
     right = [answer for answer in answers if answer[1].get("label") == answer[1].get("predicted")]
-    pictures = []
-    for probability, row, index in (*wrong[:SHOWN], *right[:SHOWN]):
-        if (picture := folder.picture(f"final/{EXAMPLES}/{index}.png")) is not None:
+    sections = []
+    if wrong:
+        rows = [
+            (*(name_of(row.get(key, "")) for key in ("image", "label", "predicted")), f"{p:.1%}")
+            for p, row, _ in wrong[:SHOWN]
+        ]
+        words = (
+            f"{format_count(len(wrong), 'mistake')} on the test images; those that the model was "
+            "surest of. A wrong label shows itself here."
+        )
+        table = Table(("image", "is", "taken for", "probability"), rows, 3)
+        pictures = _answers(folder, wrong)
+        about = [words, *_about_heat(pictures)]
+        title = "The most confident mistakes"
+        sections.append(Section(title, about, pictures=pictures, table=table))
+    if pictures := _answers(folder, right):
+        words = "Of a few classes, the test image that the model recognised most surely."
+        about = [words, *_about_heat(pictures)]
+        sections.append(Section("Right answers", about, pictures=pictures))
+    return sections
+
+
+def _answers(
+    folder: RunFolder, answers: Sequence[tuple[float, Mapping[str, str], int]]
+) -> list[tuple[list[str], str]]:
+    """Return the pictures that there are of some answers, each with its heat map, and words."""
+    shown = []
+    for probability, row, index in answers:
+        names = (f"final/{EXAMPLES}/{index}{end}.png" for end in ("", "_heat"))
+        pictures = [picture for name in names if (picture := folder.picture(name)) is not None]
+        if pictures:
             label, predicted = (name_of(row.get(key, "")) for key in ("label", "predicted"))
-            what = "recognised" if label == predicted else f"taken for {predicted}"
-            pictures.append((picture, f"{label}, {what} ({probability:.1%})"))
-    if not wrong:
+            what = "" if label == predicted else f", taken for {predicted}"
+            shown.append((pictures, f"{label}{what} ({probability:.1%})"))
+        if len(shown) == SHOWN:
+            break
+    return shown
+
+
+def _about_heat(pictures: Sequence[tuple[Sequence[str], str]]) -> list[str]:
+    """Say how to read heat maps, where there are any."""
+    if not any(len(beside) > 1 for beside, _ in pictures):
         return []
-    rows = [
-        (*(name_of(row.get(key, "")) for key in ("image", "label", "predicted")), f"{p:.1%}")
-        for p, row, _ in wrong[:SHOWN]
+    return [
+        "The coloured one of two pictures shows what spoke for the answer: most where it is red "
+        "(Grad-CAM, Selvaraju et al. 2017). It is coarse, as the network's last feature maps are, "
+        "and says where the model looked, not why."
     ]
-    words = [
-        f"{format_count(len(wrong), 'mistake')} on the test images; those that the model was "
-        "surest of. A wrong label shows itself here."
-    ]
-    table = Table(("image", "is", "taken for", "probability"), rows, 3)
-    return [Section("The most confident mistakes", words, pictures=pictures, table=table)]
 
 
 def _confusions(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Section:
@@ -631,8 +666,15 @@ def _data(folder: RunFolder, result: Mapping[str, Any]) -> list[Section]:
         listed_bad = ", ".join(name_of(row.get("image", "")) for row in bad[:SHOWN])
         more = ", ..." if len(bad) > SHOWN else "."
         words.append(f"{format_count(len(bad), 'image')} could not be decoded: {listed_bad}{more}")
+    samples = [
+        ([picture], name)
+        for i, name in enumerate(names[:SHOWN])
+        if (picture := folder.picture(f"final/{SAMPLE_IMAGES}/{i}.png")) is not None
+    ]
+    if samples:
+        words.append("A training image of each of the first classes, as the network saw it:")
     head = ("class", "training", "validation", "test")
-    return [Section("Data", words, table=Table(head, rows))]
+    return [Section("Data", words, pictures=samples, table=Table(head, rows))]
 
 
 def _command(*words: str) -> str:

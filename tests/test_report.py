@@ -1,5 +1,6 @@
 """The report: its figures against others' and by hand, hostile folders, and a browser."""
 
+import base64
 import csv
 import functools
 import io
@@ -120,10 +121,11 @@ def write_run(folder, rows=ROWS):
     counts = [("label", *CLASSES), *((name, 30, 2, 1) for name in CLASSES)]
     write_csv(folder / "final" / "confusion_matrix.csv", counts)
     write_csv(folder / "final" / "predictions.csv", PREDICTIONS)
-    (folder / "final" / "examples").mkdir()
-    for index in range(3):
-        pixels = np.full((64, 64, 3), 80 * index, np.uint8)
-        Image.fromarray(pixels).save(folder / "final" / "examples" / f"{index}.png")
+    names = ("examples/0", "examples/0_heat", "examples/1", "examples/2", "samples/1")
+    for index, name in enumerate(names):
+        path = folder / "final" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), 50 * index, np.uint8)).save(path)
     bad = [("test", "rose", EVIL, "", "it is none")]
     write_csv(folder / "images.csv", [("split", "class", "image", "digest", "error"), *bad])
     return folder
@@ -177,6 +179,11 @@ class Page(HTMLParser):
     def figures(self):
         (found,) = (text for attrs, text in self.scripts if "type" in attrs)
         return json.loads(found)
+
+
+def decoded(uri):
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def read(folder):
@@ -257,8 +264,31 @@ def test_mistakes_are_sorted_by_how_sure_the_model_was(run):
     assert "2 mistakes on the test images" in words
     assert words.index("95.0%") < words.index("75.0%")
     assert "photos/a.jpg" not in words
-    assert len(page.images) == 3
+    assert "rose, taken for tulip (75.0%)" in words
+    assert f"{EVIL} (99.0%)" in page.sections["Right answers"]
     assert all(uri.startswith("data:image/png;base64,") for uri in page.images)
+
+
+def test_pictures_stand_where_they_belong(run):
+    shades = [decoded(uri)[0, 0, 0] // 50 for uri in read(run).images]
+    # The surest mistake first; a heat map behind its image; right answers; a sample.
+    assert shades == [3, 0, 1, 2, 4]
+
+
+def test_heat_maps_are_explained_where_they_are(run):
+    words = read(run).sections
+    assert "Grad-CAM" in words["The most confident mistakes"]
+    assert "Grad-CAM" not in words["Right answers"]  # it has none
+    (run / "final" / "examples" / "0_heat.png").unlink()
+    assert "Grad-CAM" not in read(run).text
+
+
+def test_without_mistakes_right_answers_are_shown(run):
+    write_csv(run / "final" / "predictions.csv", PREDICTIONS[:1] + PREDICTIONS[2:3])
+    (run / "final" / "examples" / "0_heat.png").unlink()
+    page = read(run)
+    assert "The most confident mistakes" not in page.sections
+    assert "Right answers" in page.sections
 
 
 def test_what_is_no_small_png_is_not_embedded(run):
@@ -266,7 +296,7 @@ def test_what_is_no_small_png_is_not_embedded(run):
     (examples / "0.png").write_bytes(b"<svg onload='alert(1)'/>")
     (examples / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(10**6))
     page = read(run)
-    assert len(page.images) == 1
+    assert len(page.images) == 3
     assert page.text.count("is no small PNG file") == 2
 
 
@@ -418,6 +448,7 @@ DAMAGES = {
         *("history.csv", "result.json", "images.csv", ".hydra/config.yaml"),
         *(".hydra/overrides.yaml", "trials/3/metrics.csv", "final/learning_curve.csv"),
         *("final/confusion_matrix.csv", "final/predictions.csv", "final/examples/0.png"),
+        *("final/examples/0_heat.png", "final/samples/1.png"),
     ],
 )
 def test_a_file_that_is_damaged_or_missing_costs_no_more_than_itself(run, name, damage):
