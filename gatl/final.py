@@ -90,7 +90,7 @@ from gatl.record import (
     return_to_start,
     seconds_of,
 )
-from gatl.report import EXAMPLES, REPORT, SAMPLE_IMAGES, make
+from gatl.report import EXAMPLES, REPORT, SAMPLE_IMAGES, kept_fresh, make
 from gatl.session import Session, opened
 from gatl.streams import Purpose
 from gatl.trust import texts, whole, word_for, words_of
@@ -180,6 +180,7 @@ def finish(session: Session) -> float:
             f"{resume_command(folder, *trust)}, or see the column error of history.csv."
         )
     if (made := made_before(folder, session.config, len(ended))) is not None:
+        _report(session)
         console.print(made, soft_wrap=True)
         return best.value
     try:
@@ -792,10 +793,11 @@ def main() -> None:
             return
         return_to_start(folder)
         try:
-            with opened(config, folder, console) as session:
+            with opened(config, folder, console) as session, kept_fresh(folder) as refresh:
                 remember(folder, overrides)
                 record = session.study.get_trials(deepcopy=False)
                 History(folder, config.space.names).update(record, session.strategy.generation)
+                refresh()
                 finish(session)
         except KeyboardInterrupt:
             command = final_command(folder, *word_for(config))

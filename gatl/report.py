@@ -1,14 +1,17 @@
 """``python -m gatl.report``: what a run found, as one page that needs nothing but a browser."""
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -58,8 +61,9 @@ SAMPLE_IMAGES = "samples"
 RESULT = "result.json"
 HELP = """\
 gatl.report makes report.html in a run folder: what the search found and how
-good it is, with charts, in one page that opens offline. A run makes it at its
-end; a search that was stopped or still runs has one, too.
+good it is, with charts, in one page that opens offline. A run keeps it up to
+date and completes it at its end; the page of a search that was stopped lacks
+the importance of the genes, which this command works out.
 
   python -m gatl.report run=outputs/DATE/TIME"""
 
@@ -74,6 +78,10 @@ MAX_LAYERS = 1_000
 """Of a network that is drawn."""
 SHOWN = 20
 """Rows of a list of examples."""
+REFRESH_S = 30
+"""Seconds after which the page of a run in progress is made anew, and reloads itself."""
+REFRESH_SHARE = 0.02
+"""Of a search's time that its pages may take."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +118,14 @@ class Section:
     table: Table | None = None
 
 
-def make(path: Path) -> Path:
+def make(path: Path, *, importance: bool = True, running: bool = False) -> Path:
     """Write ``report.html`` into a run folder.
 
     Args:
         path: The run folder.
+        importance: Whether to work out the importance of the genes, which takes
+            seconds; all else takes some tenths of one.
+        running: Whether the run is in progress: the page says so, and reloads itself.
 
     Returns:
         The page.
@@ -123,19 +134,52 @@ def make(path: Path) -> Path:
         UserError: If it is no run folder, or leads out of itself.
         OSError: If the page cannot be written.
     """
-    folder = RunFolder(path)
-    page = render(folder)
+    page = render(RunFolder(path), importance=importance, running=running)
     write_whole(path / REPORT, page.encode())
     return path / REPORT
 
 
-def render(folder: RunFolder) -> str:
-    """Return the page of a run."""
+@contextlib.contextmanager
+def kept_fresh(path: Path) -> Iterator[Callable[..., None]]:
+    """Give a run in progress its page; if the run breaks off, the page says how it goes on.
+
+    No failure to write the page ends the run. Of a run that was killed, the page stays the
+    one of its last moments, which says so, and how it goes on. Whoever ends a run makes
+    the page of its end.
+
+    Args:
+        path: The run folder.
+
+    Yields:
+        Makes the page anew, if it is time; or `at_once`.
+    """
+    due = 0.0
+
+    def refresh(*, at_once: bool = False) -> None:
+        nonlocal due
+        began = time.monotonic()
+        if began < due and not at_once:
+            return
+        with contextlib.suppress(Exception):
+            make(path, importance=False, running=True)
+        now = time.monotonic()
+        due = now + max(REFRESH_S, (now - began) / REFRESH_SHARE)
+
+    try:
+        yield refresh
+    except BaseException:
+        with contextlib.suppress(Exception):
+            make(path, importance=False)
+        raise
+
+
+def render(folder: RunFolder, *, importance: bool = True, running: bool = False) -> str:
+    """Return the page of a run, see `make`."""
     config, result = folder.yaml(".hydra/config.yaml"), folder.json(RESULT)
     trials = folder.trials()
     found = found_genes(trials, result)
     sections = [
-        *_search(folder, trials, config),
+        *_search(folder, trials, config, importance=importance),
         *_training(folder, trials),
         *_test(folder, result),
         *_data(folder, result),
@@ -150,7 +194,9 @@ def render(folder: RunFolder) -> str:
         key_figures=key_figures(trials, result),
         improvement=improvement(trials, config, result),
         network=_network(config, found),
-        way_on=None if _is_made(result) else _way_on(folder.path),
+        as_of=datetime.now().strftime("%Y-%m-%d %H:%M:%S") if running else None,
+        refresh_s=REFRESH_S,
+        way_on=_way_on(folder.path) if running or not _is_made(result) else None,
         sections=sections,
         figures=Markup(_script_json(figures)),
         library=library,
@@ -357,7 +403,9 @@ def _network(config: object, genes: Mapping[str, float]) -> dict[str, Any] | Non
     }
 
 
-def _search(folder: RunFolder, trials: Sequence[Trial], config: object) -> list[Section]:
+def _search(
+    folder: RunFolder, trials: Sequence[Trial], config: object, *, importance: bool
+) -> list[Section]:
     """Return the sections about the search."""
     if not trials:
         return [Section("The search", ["No trial has ended yet."])]
@@ -388,7 +436,8 @@ def _search(folder: RunFolder, trials: Sequence[Trial], config: object) -> list[
                     drawn,
                 )
             )
-    sections.append(_importance(trials, config))
+    if importance:
+        sections.append(_importance(trials, config))
     drawn = [
         chart
         for cost in ("trainable_params", "duration_s")

@@ -4,7 +4,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from multiprocessing.synchronize import Event
@@ -70,6 +70,8 @@ class Search:
         cut: The driver sets it to make running fits end, when it is to stop or
             the time budget is spent. Their trials stay RUNNING, to be finished
             on resume.
+        refresh: Called again and again, while fits run, for what else is to be kept
+            up to date.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class Search:
         view: View,
         stop: threading.Event,
         cut: Event,
+        refresh: Callable[[], object] = lambda: None,
     ) -> None:
         self._config, self._study, self._strategy = config, study, strategy
         self._evaluator, self._folder, self._view = evaluator, folder, view
-        self._stop, self._cut = stop, cut
+        self._stop, self._cut, self._refresh = stop, cut, refresh
         self._space = config.space
         self._distributions = strategy.distributions()
         self._history = History(folder, config.space.names)
@@ -125,6 +128,7 @@ class Search:
                 self._halve()
                 self._start()
             if self._running:
+                self._refresh()  # now that all workers are busy
                 for number, outcome in self._evaluator.wait(_TICK):
                     self._end(number, outcome)
                 self._view.tick()

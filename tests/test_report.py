@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import functools
 import io
 import json
@@ -386,6 +387,73 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     assert page.figures == []
 
 
+# The page of a run in progress.
+
+RELOADS = '<meta http-equiv="refresh" content="30">'
+
+
+def test_a_run_in_progress_has_a_page_that_says_so_and_reloads(run):
+    (run / "result.json").unlink()
+    with report.kept_fresh(run) as refresh:
+        refresh()
+        content = (run / "report.html").read_text()
+        page = Page(content)
+        assert RELOADS in content
+        assert f"python -m gatl resume={run}" in page.sections["In progress"]
+        assert "No final model yet" not in page.sections
+        assert "Importance of the genes" not in page.sections  # it takes seconds
+        assert len(page.figures) > 5
+    finished = report.make(run).read_text()
+    assert 'http-equiv="refresh"' not in finished
+    assert "In progress" not in Page(finished).sections
+
+
+def test_the_page_is_made_anew_when_it_is_time(run, monkeypatch):
+    now, made = [0.0], []
+
+    def make(path, **kwargs):
+        made.append(now[0])
+        now[0] += 1  # it takes a second
+
+    monkeypatch.setattr(report, "make", make)
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    with report.kept_fresh(run) as refresh:
+        while now[0] < 200:
+            refresh()
+            now[0] += 0.25
+        refresh(at_once=True)
+    assert made == [0, 51, 102, 153, 200]  # a second in fifty
+
+
+def broken_off(run, error):
+    with report.kept_fresh(run) as refresh:
+        refresh()
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("it is broken")])
+def test_a_run_that_breaks_off_has_a_page_that_says_how_it_goes_on(run, error):
+    (run / "result.json").unlink()
+    with pytest.raises(type(error)):
+        broken_off(run, error)
+    content = (run / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in content
+    page = Page(content)
+    assert "In progress" not in page.sections
+    assert f"python -m gatl resume={run}" in page.sections["No final model yet"]
+
+
+def test_a_page_that_cannot_be_written_ends_no_run(run, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_whole", fail)
+    with report.kept_fresh(run) as refresh:
+        refresh()
+    with pytest.raises(ZeroDivisionError):
+        broken_off(run, ZeroDivisionError())
+
+
 def test_many_classes_have_a_list_of_pairs(tmp_path):
     n = report.MATRIX_CLASSES + 1
     counts = 10 * np.eye(n, dtype=int)
@@ -585,3 +653,13 @@ def test_a_browser_shows_it(run, browser, scheme, width):
     ask("window.dispatchEvent(new Event('beforeprint'))")  # paper is white
     ink = ask("return getComputedStyle(document.querySelector('.xtick text')).fill")
     assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 200
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_page_of_a_run_in_progress_reloads_itself(run, browser, monkeypatch):
+    wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
+    monkeypatch.setattr(report, "REFRESH_S", 1)
+    browser.get(report.make(run, importance=False, running=True).as_uri())
+    assert "In progress" in browser.page_source
+    report.make(run)
+    wait(browser, 20).until(lambda b: "In progress" not in b.page_source)
