@@ -64,13 +64,14 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     from gatl.loggers import Curve
     from gatl.progress import View, format_duration, new_console
     from gatl.record import any_complete, resume_command, way_on
+    from gatl.report import kept_fresh
     from gatl.search import Ending, Search
     from gatl.session import opened
 
     console = new_console()
     left = again  # to be remembered
     try:
-        with opened(config, folder, console) as session:
+        with opened(config, folder, console) as session, kept_fresh(folder) as refresh:
             remember(folder, again)
             left = ()
             config = session.config
@@ -97,12 +98,14 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
                     session.stop,
                     session.cut,
                     curve,
+                    refresh,
                 )
                 ending = search.run()
             if ending is Ending.INTERRUPTED:
                 raise KeyboardInterrupt
             spent = format_duration(search.seconds)
             console.print(f"The search has ended: {ending.value} ({spent}).")
+            refresh(at_once=True)
             return finish(session)
     except KeyboardInterrupt:
         # Commands stand on lines of their own, to be copied.

@@ -37,6 +37,7 @@ from sklearn.metrics import (
     confusion_matrix,
     precision_recall_fscore_support,
 )
+from torchvision.transforms.v2.functional import normalize, to_dtype
 
 from gatl.chromosome import Value
 from gatl.classifier import Classifier, Diverged
@@ -48,7 +49,7 @@ from gatl.cli import (
     resumed,
 )
 from gatl.config import Config
-from gatl.data.images import PreparedData
+from gatl.data.images import PreparedData, PreparedSplit
 from gatl.errors import UserError, printable
 from gatl.evaluation import (
     PARTS,
@@ -92,7 +93,7 @@ from gatl.record import (
     return_to_start,
     seconds_of,
 )
-from gatl.report import EXAMPLES, REPORT, make
+from gatl.report import EXAMPLES, REPORT, SAMPLE_IMAGES, kept_fresh, make
 from gatl.session import Session, opened
 from gatl.streams import Purpose
 from gatl.trust import texts, whole, word_for, words_of
@@ -100,8 +101,8 @@ from gatl.trust import texts, whole, word_for, words_of
 PRINTED_CLASSES = 12
 """Classes up to which the confusion matrix is printed; it is always saved."""
 
-WRONG, RIGHT, SIDE = 12, 4, 64
-"""Mistakes and right answers whose images are kept for the report, and their side in pixels."""
+WRONG, RIGHT, SAMPLES, SIDE = 12, 4, 12, 96
+"""Mistakes, right answers and classes with images that are kept for the report, and their side."""
 
 THREADS = torch.get_num_threads()
 """Threads of the final training: what torch chose for this machine, before any fit set its own."""
@@ -182,6 +183,7 @@ def finish(session: Session) -> float:
             f"{resume_command(folder, *trust)}, or see the column error of history.csv."
         )
     if (made := made_before(folder, session.config, len(ended))) is not None:
+        _report(session)
         console.print(made, soft_wrap=True)
         return best.value
     try:
@@ -539,7 +541,8 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
     """Test the final model on the images that nothing before has seen.
 
     Writes ``final/predictions.csv``, ``final/confusion_matrix.csv`` and, in
-    ``final/examples/``, the images of the answers that it was surest of.
+    ``final/examples/``, the images of the answers that it was surest of, with heat maps;
+    in ``final/samples/``, a training image of each of the first classes.
 
     Returns:
         What `measure` says, and the confusion matrix (n_classes, n_classes): a row
@@ -569,7 +572,12 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
     surest = np.argsort(-probability, kind="stable")
     wrong, good = surest[~right[surest]], surest[right[surest]]
     _, one_of_each = np.unique(labels[good], return_index=True)
-    _write_examples(data, [*wrong[:WRONG], *good[np.sort(one_of_each)][:RIGHT]], folder)
+    shown = [int(row) for row in (*wrong[:WRONG], *good[np.sort(one_of_each)][:RIGHT])]
+    _write_images(data.test, {str(row): row for row in shown}, folder / EXAMPLES)
+    _write_heat_maps(session, classifier, {row: int(predicted[row]) for row in shown})
+    labelled, first = np.unique(data.train.labels, return_index=True)
+    samples = zip(labelled[:SAMPLES].tolist(), first.tolist(), strict=False)
+    _write_images(data.train, {str(label): row for label, row in samples}, folder / SAMPLE_IMAGES)
     index = list(range(len(classes)))
     matrix = confusion_matrix(labels, predicted, labels=index)
     _write_csv(
@@ -580,16 +588,55 @@ def test(session: Session, classifier: Classifier) -> tuple[dict[str, Any], npt.
     return measure(logits, labels, classes), matrix
 
 
-def _write_examples(data: PreparedData, rows: Sequence[np.integer[Any]], folder: Path) -> None:
-    """Keep some test images as the model saw them, small, for the report."""
-    shutil.rmtree(folder / EXAMPLES, ignore_errors=True)  # an earlier model's
-    (folder / EXAMPLES).mkdir()
-    images = data.test.images.batch(np.array(rows)).permute(0, 2, 3, 1).numpy()
-    for row, pixels in zip(rows, images, strict=True):
-        image, content = Image.fromarray(pixels), io.BytesIO()
+def _write_images(split: PreparedSplit, rows: Mapping[str, int], folder: Path) -> None:
+    """Keep some images as the model saw them, small, for the report.
+
+    Args:
+        split: Where they are.
+        rows: Their rows there by the names of their files.
+        folder: For them alone.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier model's
+    folder.mkdir()
+    images = split.images.batch(np.array(list(rows.values()), int)).permute(0, 2, 3, 1).numpy()
+    for name, pixels in zip(rows, images, strict=True):
+        image = Image.fromarray(pixels)
         image.thumbnail((SIDE, SIDE))
-        image.save(content, "PNG")
-        write_whole(folder / EXAMPLES / f"{row}.png", content.getvalue())
+        _write_png(folder / f"{name}.png", image)
+
+
+def _write_heat_maps(session: Session, classifier: Classifier, answers: Mapping[int, int]) -> None:
+    """Write beside each example what spoke for the answer, if that can be told.
+
+    The model is tested: whatever goes wrong here must not seem to cost it.
+
+    Args:
+        session: The run.
+        classifier: The final model.
+        answers: From the row of a test image to the class that it was taken for.
+    """
+    folder, images = session.folder / "final" / EXAMPLES, session.data.test.images
+    model = session.config.model
+    try:
+        from gatl.heat_maps import heat_map, overlay  # a second, which no search need wait for
+
+        for row, answer in answers.items():
+            pixels = to_dtype(images.batch(np.array([row])), torch.float32, scale=True)
+            image = normalize(pixels, list(model.mean), list(model.std))[0]
+            heat = heat_map(classifier.network, image, answer)
+            if heat is not None:
+                small = Image.open(folder / f"{row}.png")
+                _write_png(folder / f"{row}_heat.png", overlay(small, heat))
+    except Exception as error:
+        if is_unwritable(error):
+            raise
+        session.console.print(f"No heat maps could be made: {reason(error)}", soft_wrap=True)
+
+
+def _write_png(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_whole(path, content.getvalue())
 
 
 def measure(
@@ -763,10 +810,11 @@ def main() -> None:
             return
         return_to_start(folder)
         try:
-            with opened(config, folder, console) as session:
+            with opened(config, folder, console) as session, kept_fresh(folder) as refresh:
                 remember(folder, overrides)
                 record = session.study.get_trials(deepcopy=False)
                 History(folder, config.space.names).update(record, session.strategy.generation)
+                refresh()
                 finish(session)
         except KeyboardInterrupt:
             command = final_command(folder, *word_for(config))

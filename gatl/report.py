@@ -1,14 +1,17 @@
 """``python -m gatl.report``: what a run found, as one page that needs nothing but a browser."""
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -49,12 +52,18 @@ from gatl.run_folder import (
 
 REPORT = "report.html"
 EXAMPLES = "examples"
-"""Folder in ``final/`` of small test images: N.png is that of row N of ``predictions.csv``."""
+"""Folder in ``final/`` of small test images: N.png is that of row N of ``predictions.csv``.
+
+N_heat.png is the same with its heat map, where there is one.
+"""
+SAMPLE_IMAGES = "samples"
+"""Folder in ``final/`` of small training images: N.png is one of class N."""
 RESULT = "result.json"
 HELP = """\
 gatl.report makes report.html in a run folder: what the search found and how
-good it is, with charts, in one page that opens offline. A run makes it at its
-end; a search that was stopped or still runs has one, too.
+good it is, with charts, in one page that opens offline. A run keeps it up to
+date and completes it at its end; the page of a search that was stopped lacks
+the importance of the genes, which this command works out.
 
   python -m gatl.report run=outputs/DATE/TIME"""
 
@@ -69,6 +78,10 @@ MAX_LAYERS = 1_000
 """Of a network that is drawn."""
 SHOWN = 20
 """Rows of a list of examples."""
+REFRESH_S = 30
+"""Seconds after which the page of a run in progress is made anew, and reloads itself."""
+REFRESH_SHARE = 0.02
+"""Of a search's time that its pages may take."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Section:
     Attributes:
         title: Its heading.
         words: Paragraphs.
-        pictures: Small ones as ``data:`` URIs, each with its words.
+        pictures: Small ones as ``data:`` URIs, those beside each other with their words.
         charts: Drawn beside one another where there is room.
         table: Below them.
     """
@@ -101,15 +114,18 @@ class Section:
     title: str
     words: Sequence[str] = ()
     charts: Sequence[Chart] = ()
-    pictures: Sequence[tuple[str, str]] = ()
+    pictures: Sequence[tuple[Sequence[str], str]] = ()
     table: Table | None = None
 
 
-def make(path: Path) -> Path:
+def make(path: Path, *, importance: bool = True, running: bool = False) -> Path:
     """Write ``report.html`` into a run folder.
 
     Args:
         path: The run folder.
+        importance: Whether to work out the importance of the genes, which takes
+            seconds; all else takes some tenths of one.
+        running: Whether the run is in progress: the page says so, and reloads itself.
 
     Returns:
         The page.
@@ -118,19 +134,52 @@ def make(path: Path) -> Path:
         UserError: If it is no run folder, or leads out of itself.
         OSError: If the page cannot be written.
     """
-    folder = RunFolder(path)
-    page = render(folder)
+    page = render(RunFolder(path), importance=importance, running=running)
     write_whole(path / REPORT, page.encode())
     return path / REPORT
 
 
-def render(folder: RunFolder) -> str:
-    """Return the page of a run."""
+@contextlib.contextmanager
+def kept_fresh(path: Path) -> Iterator[Callable[..., None]]:
+    """Give a run in progress its page; if the run breaks off, the page says how it goes on.
+
+    No failure to write the page ends the run. Of a run that was killed, the page stays the
+    one of its last moments, which says so, and how it goes on. Whoever ends a run makes
+    the page of its end.
+
+    Args:
+        path: The run folder.
+
+    Yields:
+        Makes the page anew, if it is time; or `at_once`.
+    """
+    due = 0.0
+
+    def refresh(*, at_once: bool = False) -> None:
+        nonlocal due
+        began = time.monotonic()
+        if began < due and not at_once:
+            return
+        with contextlib.suppress(Exception):
+            make(path, importance=False, running=True)
+        now = time.monotonic()
+        due = now + max(REFRESH_S, (now - began) / REFRESH_SHARE)
+
+    try:
+        yield refresh
+    except BaseException:
+        with contextlib.suppress(Exception):
+            make(path, importance=False)
+        raise
+
+
+def render(folder: RunFolder, *, importance: bool = True, running: bool = False) -> str:
+    """Return the page of a run, see `make`."""
     config, result = folder.yaml(".hydra/config.yaml"), folder.json(RESULT)
     trials = folder.trials()
     found = found_genes(trials, result)
     sections = [
-        *_search(folder, trials, config),
+        *_search(folder, trials, config, importance=importance),
         *_training(folder, trials),
         *_test(folder, result),
         *_data(folder, result),
@@ -145,7 +194,9 @@ def render(folder: RunFolder) -> str:
         key_figures=key_figures(trials, result),
         improvement=improvement(trials, config, result),
         network=_network(config, found),
-        way_on=None if _is_made(result) else _way_on(folder.path),
+        as_of=datetime.now().strftime("%Y-%m-%d %H:%M:%S") if running else None,
+        refresh_s=REFRESH_S,
+        way_on=_way_on(folder.path) if running or not _is_made(result) else None,
         sections=sections,
         figures=Markup(_script_json(figures)),
         library=library,
@@ -352,7 +403,9 @@ def _network(config: object, genes: Mapping[str, float]) -> dict[str, Any] | Non
     }
 
 
-def _search(folder: RunFolder, trials: Sequence[Trial], config: object) -> list[Section]:
+def _search(
+    folder: RunFolder, trials: Sequence[Trial], config: object, *, importance: bool
+) -> list[Section]:
     """Return the sections about the search."""
     if not trials:
         return [Section("The search", ["No trial has ended yet."])]
@@ -383,7 +436,8 @@ def _search(folder: RunFolder, trials: Sequence[Trial], config: object) -> list[
                     drawn,
                 )
             )
-    sections.append(_importance(trials, config))
+    if importance:
+        sections.append(_importance(trials, config))
     drawn = [
         chart
         for cost in ("trainable_params", "duration_s")
@@ -540,7 +594,7 @@ def _test(folder: RunFolder, result: Mapping[str, Any]) -> list[Section]:
 
 
 def _examples(folder: RunFolder) -> list[Section]:
-    """Return the mistakes that the model was surest of, with pictures where the run kept them."""
+    """Return the answers that the model was surest of, with pictures where the run kept them."""
     answers = [
         (probability, row, index)
         for index, row in enumerate(folder.records("final/predictions.csv"))
@@ -549,24 +603,54 @@ def _examples(folder: RunFolder) -> list[Section]:
     answers.sort(key=lambda answer: -answer[0])
     wrong = [answer for answer in answers if answer[1].get("label") != answer[1].get("predicted")]
     right = [answer for answer in answers if answer[1].get("label") == answer[1].get("predicted")]
-    pictures = []
-    for probability, row, index in (*wrong[:SHOWN], *right[:SHOWN]):
-        if (picture := folder.picture(f"final/{EXAMPLES}/{index}.png")) is not None:
+    sections = []
+    if wrong:
+        rows = [
+            (*(name_of(row.get(key, "")) for key in ("image", "label", "predicted")), f"{p:.1%}")
+            for p, row, _ in wrong[:SHOWN]
+        ]
+        words = (
+            f"{format_count(len(wrong), 'mistake')} on the test images; those that the model was "
+            "surest of. A wrong label shows itself here."
+        )
+        table = Table(("image", "is", "taken for", "probability"), rows, 3)
+        pictures = _answers(folder, wrong)
+        about = [words, *_about_heat(pictures)]
+        title = "The most confident mistakes"
+        sections.append(Section(title, about, pictures=pictures, table=table))
+    if pictures := _answers(folder, right):
+        words = "Of a few classes, the test image that the model recognised most surely."
+        about = [words, *_about_heat(pictures)]
+        sections.append(Section("Right answers", about, pictures=pictures))
+    return sections
+
+
+def _answers(
+    folder: RunFolder, answers: Sequence[tuple[float, Mapping[str, str], int]]
+) -> list[tuple[list[str], str]]:
+    """Return the pictures that there are of some answers, each with its heat map, and words."""
+    shown = []
+    for probability, row, index in answers:
+        names = (f"final/{EXAMPLES}/{index}{end}.png" for end in ("", "_heat"))
+        pictures = [picture for name in names if (picture := folder.picture(name)) is not None]
+        if pictures:
             label, predicted = (name_of(row.get(key, "")) for key in ("label", "predicted"))
-            what = "recognised" if label == predicted else f"taken for {predicted}"
-            pictures.append((picture, f"{label}, {what} ({probability:.1%})"))
-    if not wrong:
+            what = "" if label == predicted else f", taken for {predicted}"
+            shown.append((pictures, f"{label}{what} ({probability:.1%})"))
+        if len(shown) == SHOWN:
+            break
+    return shown
+
+
+def _about_heat(pictures: Sequence[tuple[Sequence[str], str]]) -> list[str]:
+    """Say how to read heat maps, where there are any."""
+    if not any(len(beside) > 1 for beside, _ in pictures):
         return []
-    rows = [
-        (*(name_of(row.get(key, "")) for key in ("image", "label", "predicted")), f"{p:.1%}")
-        for p, row, _ in wrong[:SHOWN]
+    return [
+        "The coloured one of two pictures shows what spoke for the answer: most where it is red "
+        "(Grad-CAM, Selvaraju et al. 2017). It is coarse, as the network's last feature maps are, "
+        "and says where the model looked, not why."
     ]
-    words = [
-        f"{format_count(len(wrong), 'mistake')} on the test images; those that the model was "
-        "surest of. A wrong label shows itself here."
-    ]
-    table = Table(("image", "is", "taken for", "probability"), rows, 3)
-    return [Section("The most confident mistakes", words, pictures=pictures, table=table)]
 
 
 def _confusions(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Section:
@@ -631,8 +715,15 @@ def _data(folder: RunFolder, result: Mapping[str, Any]) -> list[Section]:
         listed_bad = ", ".join(name_of(row.get("image", "")) for row in bad[:SHOWN])
         more = ", ..." if len(bad) > SHOWN else "."
         words.append(f"{format_count(len(bad), 'image')} could not be decoded: {listed_bad}{more}")
+    samples = [
+        ([picture], name)
+        for i, name in enumerate(names[:SHOWN])
+        if (picture := folder.picture(f"final/{SAMPLE_IMAGES}/{i}.png")) is not None
+    ]
+    if samples:
+        words.append("A training image of each of the first classes, as the network saw it:")
     head = ("class", "training", "validation", "test")
-    return [Section("Data", words, table=Table(head, rows))]
+    return [Section("Data", words, pictures=samples, table=Table(head, rows))]
 
 
 def _command(*words: str) -> str:

@@ -25,7 +25,7 @@ MAX_ROWS = 2_000_000
 MAX_JSON = 2**26
 """Bytes."""
 MAX_PICTURE = 2**15
-"""Bytes; 64 by 64 pixels take less than half of it."""
+"""Bytes; no 96 by 96 pixels take more."""
 MAX_NAME = 200
 """Characters of a name that are shown."""
 

@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from multiprocessing.synchronize import Event
@@ -84,6 +84,8 @@ class Search:
             the time budget is spent. Their trials stay RUNNING, to be finished
             on resume.
         curve: Logs how the search goes.
+        refresh: Called again and again, while fits run, for what else is to be kept
+            up to date.
     """
 
     def __init__(
@@ -97,10 +99,11 @@ class Search:
         stop: threading.Event,
         cut: Event,
         curve: Curve | None = None,
+        refresh: Callable[[], object] = lambda: None,
     ) -> None:
         self._config, self._study, self._strategy = config, study, strategy
         self._evaluator, self._folder, self._view = evaluator, folder, view
-        self._stop, self._cut, self._curve = stop, cut, curve
+        self._stop, self._cut, self._curve, self._refresh = stop, cut, curve, refresh
         self._space = config.space
         self._distributions = strategy.distributions()
         self._history = History(folder, config.space.names)
@@ -142,6 +145,7 @@ class Search:
                 self._halve()
                 self._start()
             if self._running:
+                self._refresh()  # now that all workers are busy
                 for number, outcome in self._evaluator.wait(_TICK):
                     self._end(number, outcome)
                 self._forecast()

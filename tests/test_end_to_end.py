@@ -1,9 +1,11 @@
 """Whole runs of the command, most of them in processes of their own."""
 
 import csv
+import html
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +207,7 @@ def killed(tmp_path_factory, photos):
         time.sleep(0.05)
     assert list(temporary.glob("pymp-*")) == []
     assert n_rows(folder) < N_TRIALS
+    shutil.copy(folder / "report.html", cwd / "killed.html")
     return folder
 
 
@@ -223,6 +226,7 @@ def interrupted(killed, tmp_path_factory):
     os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGCONT)
     out, err = complete(process, 130)
+    shutil.copy(killed / "report.html", killed.parent / "interrupted.html")
     return out, err, refusal
 
 
@@ -245,6 +249,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted, killed):
     assert command == f"  {shlex.join(['python', '-m', 'gatl', f'resume={killed}'])}"
     assert other == f"  {shlex.join(['python', '-m', 'gatl.final', f'run={killed}'])}"
     assert not (killed / ".images").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "heading"), [("killed", "In progress"), ("interrupted", "No final model yet")]
+)
+def test_the_page_of_a_run_that_broke_off_says_how_it_goes_on(interrupted, killed, how, heading):
+    page = (killed.parent / f"{how}.html").read_text()
+    assert f"<h2>{heading}</h2>" in page
+    assert ('http-equiv="refresh"' in page) == (how == "killed")  # it had no time to say so
+    command = shlex.join(["python", "-m", "gatl", f"resume={killed}"])
+    assert html.escape(command, quote=False).replace("'", "&#39;") in page
 
 
 def test_what_a_run_is_told_when_it_goes_on_holds_the_next_time_too(interrupted, killed):

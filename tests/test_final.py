@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
-from gatl import final
+from gatl import final, heat_maps
 from gatl.classifier import Classifier, Diverged
 from gatl.cli import compose
 from gatl.config import checked
@@ -31,6 +31,7 @@ from gatl.data.source import Source, Split
 from gatl.errors import UserError
 from gatl.evaluation import fit_seed, silence
 from gatl.final import finish, measure, reevaluate
+from gatl.heat_maps import heat_map, overlay
 from gatl.model_card import describe
 from gatl.outcome import Outcome
 from gatl.record import open_study, tell
@@ -386,7 +387,7 @@ def test_the_folder_holds_what_the_contract_names_and_nothing_odd(made):
     }
     assert {path.name for path in (made.folder / "final").iterdir()} == {
         *("confusion_matrix.csv", "fit", "learning_curve.csv", "predictions.csv"),
-        *("reevaluation.json", "examples"),
+        *("reevaluation.json", "examples", "samples"),
     }
     (fit,) = (made.folder / "final" / "fit").iterdir()
     assert {path.name for path in fit.iterdir()} == {*("hparams.yaml", "metrics.csv")}
@@ -397,12 +398,51 @@ def test_images_of_the_surest_answers_are_kept_for_the_report(made, data):
     order = sorted(range(len(rows)), key=lambda i: -float(rows[i]["probability"]))
     right = [i for i in order if rows[i]["label"] == rows[i]["predicted"]]
     wrong = [i for i in order if i not in right]
-    kept = {int(p.stem): p for p in (made.folder / "final" / "examples").iterdir()}
+    examples = made.folder / "final" / "examples"
+    kept = {int(p.stem): p for p in examples.iterdir() if p.stem.isdecimal()}
     first = {rows[i]["label"]: i for i in reversed(right)}  # the surest of each class
     assert kept.keys() == {*wrong[:12], *first.values()}
     for i, path in kept.items():
         pixels = np.asarray(Image.open(path))
         assert (pixels == data.test.images.batch(np.array([i]))[0].permute(1, 2, 0).numpy()).all()
+    assert {p.stem for p in examples.iterdir()} == {f"{i}{e}" for i in kept for e in ("", "_heat")}
+
+
+def test_heat_maps_are_of_the_answer_that_was_given(made, data):
+    classifier = Classifier.load_from_checkpoint(made.folder / "best.ckpt", map_location="cpu")
+    config = made.config
+    for path in (made.folder / "final" / "examples").glob("*_heat.png"):
+        row = int(path.stem.removesuffix("_heat"))
+        pixels = data.test.images.batch(np.array([row]))[0]
+        mean, std = (torch.tensor(x)[:, None, None] for x in (config.model.mean, config.model.std))
+        image = (pixels / 255 - mean) / std
+        answer = int(classifier.eval()(image[None]).argmax())
+        heat = heat_map(classifier.network, image, answer)
+        expected = overlay(Image.fromarray(pixels.permute(1, 2, 0).numpy()), heat)
+        difference = np.asarray(Image.open(path)).astype(int) - np.asarray(expected)
+        assert np.abs(difference).max() <= 2
+
+
+def test_a_training_image_of_each_class_is_kept_for_the_report(made, data):
+    kept = {int(p.stem): p for p in (made.folder / "final" / "samples").iterdir()}
+    assert kept.keys() == {0, 1, 2}
+    for label, path in kept.items():
+        row = data.train.labels.tolist().index(label)
+        pixels = data.train.images.batch(np.array([row]))[0].permute(1, 2, 0).numpy()
+        assert (np.asarray(Image.open(path)) == pixels).all()
+
+
+def test_heat_maps_that_cannot_be_made_cost_nothing_else(tmp_path, data, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(heat_maps, "heat_map", broken)
+    cheaply(monkeypatch)
+    session = session_in(tmp_path, data)
+    finish(session)
+    assert "No heat maps could be made: RuntimeError: no such layer" in printed(session)
+    assert (tmp_path / "result.json").is_file()
+    assert not list((tmp_path / "final" / "examples").glob("*_heat.png"))
 
 
 def test_what_was_found_is_printed(made, result):

@@ -1,6 +1,8 @@
 """The report: its figures against others' and by hand, hostile folders, and a browser."""
 
+import base64
 import csv
+import errno
 import functools
 import io
 import json
@@ -120,10 +122,11 @@ def write_run(folder, rows=ROWS):
     counts = [("label", *CLASSES), *((name, 30, 2, 1) for name in CLASSES)]
     write_csv(folder / "final" / "confusion_matrix.csv", counts)
     write_csv(folder / "final" / "predictions.csv", PREDICTIONS)
-    (folder / "final" / "examples").mkdir()
-    for index in range(3):
-        pixels = np.full((64, 64, 3), 80 * index, np.uint8)
-        Image.fromarray(pixels).save(folder / "final" / "examples" / f"{index}.png")
+    names = ("examples/0", "examples/0_heat", "examples/1", "examples/2", "samples/1")
+    for index, name in enumerate(names):
+        path = folder / "final" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), 50 * index, np.uint8)).save(path)
     bad = [("test", "rose", EVIL, "", "it is none")]
     write_csv(folder / "images.csv", [("split", "class", "image", "digest", "error"), *bad])
     return folder
@@ -177,6 +180,11 @@ class Page(HTMLParser):
     def figures(self):
         (found,) = (text for attrs, text in self.scripts if "type" in attrs)
         return json.loads(found)
+
+
+def decoded(uri):
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def read(folder):
@@ -257,8 +265,31 @@ def test_mistakes_are_sorted_by_how_sure_the_model_was(run):
     assert "2 mistakes on the test images" in words
     assert words.index("95.0%") < words.index("75.0%")
     assert "photos/a.jpg" not in words
-    assert len(page.images) == 3
+    assert "rose, taken for tulip (75.0%)" in words
+    assert f"{EVIL} (99.0%)" in page.sections["Right answers"]
     assert all(uri.startswith("data:image/png;base64,") for uri in page.images)
+
+
+def test_pictures_stand_where_they_belong(run):
+    shades = [decoded(uri)[0, 0, 0] // 50 for uri in read(run).images]
+    # The surest mistake first; a heat map behind its image; right answers; a sample.
+    assert shades == [3, 0, 1, 2, 4]
+
+
+def test_heat_maps_are_explained_where_they_are(run):
+    words = read(run).sections
+    assert "Grad-CAM" in words["The most confident mistakes"]
+    assert "Grad-CAM" not in words["Right answers"]  # it has none
+    (run / "final" / "examples" / "0_heat.png").unlink()
+    assert "Grad-CAM" not in read(run).text
+
+
+def test_without_mistakes_right_answers_are_shown(run):
+    write_csv(run / "final" / "predictions.csv", PREDICTIONS[:1] + PREDICTIONS[2:3])
+    (run / "final" / "examples" / "0_heat.png").unlink()
+    page = read(run)
+    assert "The most confident mistakes" not in page.sections
+    assert "Right answers" in page.sections
 
 
 def test_what_is_no_small_png_is_not_embedded(run):
@@ -266,7 +297,7 @@ def test_what_is_no_small_png_is_not_embedded(run):
     (examples / "0.png").write_bytes(b"<svg onload='alert(1)'/>")
     (examples / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(10**6))
     page = read(run)
-    assert len(page.images) == 1
+    assert len(page.images) == 3
     assert page.text.count("is no small PNG file") == 2
 
 
@@ -356,6 +387,73 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     assert page.figures == []
 
 
+# The page of a run in progress.
+
+RELOADS = '<meta http-equiv="refresh" content="30">'
+
+
+def test_a_run_in_progress_has_a_page_that_says_so_and_reloads(run):
+    (run / "result.json").unlink()
+    with report.kept_fresh(run) as refresh:
+        refresh()
+        content = (run / "report.html").read_text()
+        page = Page(content)
+        assert RELOADS in content
+        assert f"python -m gatl resume={run}" in page.sections["In progress"]
+        assert "No final model yet" not in page.sections
+        assert "Importance of the genes" not in page.sections  # it takes seconds
+        assert len(page.figures) > 5
+    finished = report.make(run).read_text()
+    assert 'http-equiv="refresh"' not in finished
+    assert "In progress" not in Page(finished).sections
+
+
+def test_the_page_is_made_anew_when_it_is_time(run, monkeypatch):
+    now, made = [0.0], []
+
+    def make(path, **kwargs):
+        made.append(now[0])
+        now[0] += 1  # it takes a second
+
+    monkeypatch.setattr(report, "make", make)
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    with report.kept_fresh(run) as refresh:
+        while now[0] < 200:
+            refresh()
+            now[0] += 0.25
+        refresh(at_once=True)
+    assert made == [0, 51, 102, 153, 200]  # a second in fifty
+
+
+def broken_off(run, error):
+    with report.kept_fresh(run) as refresh:
+        refresh()
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("it is broken")])
+def test_a_run_that_breaks_off_has_a_page_that_says_how_it_goes_on(run, error):
+    (run / "result.json").unlink()
+    with pytest.raises(type(error)):
+        broken_off(run, error)
+    content = (run / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in content
+    page = Page(content)
+    assert "In progress" not in page.sections
+    assert f"python -m gatl resume={run}" in page.sections["No final model yet"]
+
+
+def test_a_page_that_cannot_be_written_ends_no_run(run, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "write_whole", fail)
+    with report.kept_fresh(run) as refresh:
+        refresh()
+    with pytest.raises(ZeroDivisionError):
+        broken_off(run, ZeroDivisionError())
+
+
 def test_many_classes_have_a_list_of_pairs(tmp_path):
     n = report.MATRIX_CLASSES + 1
     counts = 10 * np.eye(n, dtype=int)
@@ -418,6 +516,7 @@ DAMAGES = {
         *("history.csv", "result.json", "images.csv", ".hydra/config.yaml"),
         *(".hydra/overrides.yaml", "trials/3/metrics.csv", "final/learning_curve.csv"),
         *("final/confusion_matrix.csv", "final/predictions.csv", "final/examples/0.png"),
+        *("final/examples/0_heat.png", "final/samples/1.png"),
     ],
 )
 def test_a_file_that_is_damaged_or_missing_costs_no_more_than_itself(run, name, damage):
@@ -554,3 +653,13 @@ def test_a_browser_shows_it(run, browser, scheme, width):
     ask("window.dispatchEvent(new Event('beforeprint'))")  # paper is white
     ink = ask("return getComputedStyle(document.querySelector('.xtick text')).fill")
     assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 200
+
+
+@pytest.mark.slow
+def test_in_a_browser_the_page_of_a_run_in_progress_reloads_itself(run, browser, monkeypatch):
+    wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait
+    monkeypatch.setattr(report, "REFRESH_S", 1)
+    browser.get(report.make(run, importance=False, running=True).as_uri())
+    assert "In progress" in browser.page_source
+    report.make(run)
+    wait(browser, 20).until(lambda b: "In progress" not in b.page_source)
