@@ -16,7 +16,7 @@ def main() -> None:
         options.add_argument(argument)
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        browser.set_window_size(1000, 900)
+        browser.set_window_size(1000, 775)
         browser.get((Path(sys.argv[1]) / "report.html").resolve().as_uri())
         browser.save_screenshot(PICTURE)
     finally:
