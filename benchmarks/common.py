@@ -16,9 +16,9 @@ from rich.console import Console
 
 from gatl.config import Config
 from gatl.data.images import PreparedData, prepare
+from gatl.environment import hardware, versions
 from gatl.errors import UserError
 from gatl.evaluation import Evaluator, Fit
-from gatl.final import _hardware, _versions
 from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.search import Search
@@ -104,8 +104,8 @@ def origin() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "commit": commit(),
-        "versions": _versions(),
-        "hardware": _hardware(),
+        "versions": versions(),
+        "hardware": hardware(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

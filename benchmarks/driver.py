@@ -41,7 +41,7 @@ from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import Fit
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.record import JOURNAL, OUTCOME, open_study
@@ -86,7 +86,7 @@ def main() -> None:
             print(f"repeat {repeat + 1} of {repeats}: {name}", file=sys.stderr)
     shutil.rmtree(folder)
     result = {"pop": pop, "trials": config.n_trials, **summary(found, sizes, stretch)}
-    _write_json(Path(given["results"]), {**origin(), **result})
+    write_json(Path(given["results"]), {**origin(), **result})
     print(markdown(result))
 
 

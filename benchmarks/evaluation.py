@@ -52,7 +52,7 @@ from gatl.data.images import PreparedData, PreparedSplit
 from gatl.errors import UserError
 from gatl.evaluation import EVAL_BATCH_SIZE, Fit, build_data, fit_seed
 from gatl.features import CHUNK
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.session import opened
 from gatl.streams import Purpose
 
@@ -107,7 +107,7 @@ def main() -> None:
             measured[name].append(found)
             print(f"repeat {repeat + 1}: {name} {found.seconds:.1f} s", flush=True)
         result = {**origin(), **summary(chromosomes, measured)}
-        _write_json(Path(given["results"]), result)
+        write_json(Path(given["results"]), result)
     print(f"\n{markdown(result)}")
 
 

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from gatl.cli import compose, one_line_errors
 from gatl.config import checked
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.halving import rungs, survivors
 from gatl.record import HISTORY
 
@@ -63,7 +63,7 @@ def main() -> None:
     about = {"fits": len(curves), "failed": trials - len(curves), "pop": pop, "draws": draws}
     fits = [curve._asdict() for curve in curves]
     result = {**origin(), **about, "correlations": ranks, "halving": halved, "curves": fits}
-    _write_json(Path(given["results"]), result)
+    write_json(Path(given["results"]), result)
     print(f"{len(curves)} random chromosomes, {trials - len(curves)} more failed\n")
     print(markdown(ranks, halved))
 

@@ -36,7 +36,7 @@ from rich.console import Console
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.ranking import rank_key
 from gatl.record import outcome_of
 
@@ -86,7 +86,7 @@ def main() -> None:
         writer.writerows(rows)
     failed = sum(row["state"] == "FAIL" for row in rows)
     about = {"fits": len(rows), "failed": failed, "chromosomes": n}
-    _write_json(LANDSCAPES / f"{given['name']}.json", {**origin(), **about})
+    write_json(LANDSCAPES / f"{given['name']}.json", {**origin(), **about})
     print(f"{len(rows)} fits of {n} chromosomes, {failed} failed: {given['name']}.csv")
 
 

@@ -29,7 +29,7 @@ from common import RESULTS, options, origin, table, whole
 
 from gatl.cli import one_line_errors
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.record import HISTORY, JOURNAL
 
 DEFAULTS = {"trials": "1000", "output": "outputs/long", "results": str(RESULTS / "long.json")}
@@ -68,7 +68,7 @@ def main() -> None:
         raise UserError(f"The search has failed, see above: {' '.join(words)}")
     rows = differences(seen)
     about = {"trials": n, "seconds": round(time.monotonic() - started, 1), "rows": rows}
-    _write_json(Path(given["results"]), {**origin(), **about})
+    write_json(Path(given["results"]), {**origin(), **about})
     print(markdown(rows))
 
 

@@ -45,7 +45,7 @@ from gatl.config import Config, checked
 from gatl.data.digits import load
 from gatl.data.manifest import MANIFEST
 from gatl.evaluation import Fit, fit_seed
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.record import JOURNAL
 from gatl.session import opened
 from gatl.streams import Purpose
@@ -89,7 +89,7 @@ def main() -> None:
         run["left_behind"]["shared memory"] = sorted(orphans(entries(SHARED_MEMORY) - before))
         runs.append({"workers": workers, **run})
     result = {"fits": fits, "images": n_train, "val": n_val, "image_size": size, "runs": runs}
-    _write_json(Path(given["results"]), {**origin(), **result})
+    write_json(Path(given["results"]), {**origin(), **result})
     print(markdown(runs))
 
 

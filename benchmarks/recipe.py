@@ -26,10 +26,12 @@ from gatl.cli import compose_resumed, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import FitStopped
-from gatl.final import _write_json, final_command, retrain, test
+from gatl.files import write_json
 from gatl.progress import new_console
-from gatl.record import HISTORY, return_to_start
+from gatl.record import HISTORY, final_command, return_to_start
+from gatl.retraining import retrain
 from gatl.session import Session, opened
+from gatl.testing import test
 
 DEFAULTS = {"run": "", "seeds": "3", "results": str(RESULTS / "recipe.json")}
 
@@ -74,7 +76,7 @@ def main() -> None:
                 session.console.print(", ".join(f"{k} {v}" for k, v in fits[-1].items()))
     result = {**origin(), **summary(config, search, fits)}
     print(tables(result))
-    _write_json(results, result)
+    write_json(results, result)
 
 
 def searched(folder: Path) -> dict[str, Any]:

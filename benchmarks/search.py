@@ -37,7 +37,7 @@ from rich.console import Console
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 
 DEFAULTS = {
     **{"root": "", "trials": "32", "images": "1000", "val": "250", "epochs": "3"},
@@ -96,7 +96,7 @@ def main() -> None:
         runs.append(compared(seed, found))
     times = [run["peer"]["seconds"] / run["gatl"]["seconds"] for run in runs]
     result = {**origin(), "runs": runs, "times_as_fast": over_repeats(times)}
-    _write_json(Path(given["results"]), result)
+    write_json(Path(given["results"]), result)
     print(f"\n{markdown(runs)}")
 
 

@@ -47,7 +47,7 @@ from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
 from gatl.evaluation import Fit
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.search import Search
@@ -454,7 +454,7 @@ def main() -> None:
     result = {
         name: measured(name, whole("folds", given["folds"])) for name in named(given["names"])
     }
-    _write_json(Path(given["results"]), {**origin(), "landscapes": result})
+    write_json(Path(given["results"]), {**origin(), "landscapes": result})
     print(markdown(result))
 
 

@@ -45,7 +45,7 @@ from simulator import Array
 from gatl.cli import compose, one_line_errors
 from gatl.config import Config, checked
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 
 DEFAULTS = {
     **{"seeds": "100", "slow_seeds": "10", "trials": "200", "workers": "2", "names": ""},
@@ -133,7 +133,7 @@ def main() -> None:
     found = search_all(cells, n_trials, n_workers, Path(given["output"]))
     rows = summary(found)
     about = {"trials": n_trials, "workers": n_workers, "rows": rows}
-    _write_json(Path(given["results"]), {**origin(), **about})
+    write_json(Path(given["results"]), {**origin(), **about})
     draw(found, Path(given["plot"]))
     print(markdown(rows))
 

@@ -42,7 +42,7 @@ from gatl.config import Config, checked
 from gatl.data.images import PreparedData
 from gatl.errors import UserError
 from gatl.evaluation import Fit, LocalEvaluator, fit_seed, silence
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.models.weight_files import CARD_KEY, read_weights
 from gatl.models.weights import Weights
 from gatl.outcome import Outcome
@@ -111,10 +111,10 @@ def main() -> None:
                 print(in_words(known[key]), flush=True)
                 # A failure that may pass is tried again the next time.
                 lasting = {k: f for k, f in known.items() if f["error"] is None or f["diverged"]}
-                _write_json(kept, lasting)
+                write_json(kept, lasting)
     about = {name: len(getattr(data, name)) for name in ("classes", "train", "val")}
     tables = compare(fits := [known[key] for key in keys])
-    _write_json(Path(given["results"]), {**origin(), "data": about, "tables": tables, "fits": fits})
+    write_json(Path(given["results"]), {**origin(), "data": about, "tables": tables, "fits": fits})
     print(markdown(tables))
 
 

@@ -29,7 +29,7 @@ from strategies import AT, Array, Cell, Curves, center, effect, search_all, writ
 
 from gatl.cli import one_line_errors
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 
 DEFAULTS = {
     **{"tune": "", "confirm": "", "seeds": "40", "confirm_seeds": "100", "trials": "200"},
@@ -106,7 +106,7 @@ def main() -> None:
     first, last = searched(confirm, range(FRESH, FRESH + fresh), start, best)
     confirmed = [compared(*pair) for pair in zip(first, last, strict=True)]
     result = {"start": start, "best": best, "steps": steps, "confirm": confirmed}
-    _write_json(Path(given["results"]), {**origin(), **result})
+    write_json(Path(given["results"]), {**origin(), **result})
     print(f"\nBest: {' '.join(words(best))}\n\n{markdown(confirmed)}")
 
 

@@ -28,7 +28,7 @@ from common import RESULTS, options, origin, over_seeds, table, whole, written
 
 from gatl.cli import one_line_errors
 from gatl.errors import UserError
-from gatl.final import _write_json
+from gatl.files import write_json
 from gatl.record import HISTORY, JOURNAL
 
 DEFAULTS = {
@@ -88,7 +88,7 @@ def main() -> None:
             print(f"seed {seed}: {name} {runs[-1]['test_accuracy']:.1%}", file=sys.stderr)
     result = {"name": given["name"], "trials": trials, "methods": summary(runs), "runs": runs}
     path = Path(given["results"] or RESULTS / f"value_{given['name']}.json")
-    _write_json(path, {**origin(), **result})
+    write_json(path, {**origin(), **result})
     print(markdown(result["methods"]))
 
 

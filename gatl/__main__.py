@@ -60,10 +60,10 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
         KeyboardInterrupt: If the user stopped it; everything up to there is kept.
     """
     # Imported here because torch takes seconds, which a typing error need not wait for.
-    from gatl.final import final_command, finish
+    from gatl.final import finish
     from gatl.loggers import Curve
     from gatl.progress import View, format_duration, new_console
-    from gatl.record import any_complete, resume_command, way_on
+    from gatl.record import any_complete, final_command, resume_command, way_on
     from gatl.report import kept_fresh
     from gatl.search import Ending, Search
     from gatl.session import opened

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import errno
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from gatl.errors import UserError
 
@@ -77,6 +79,17 @@ def csv_of(rows: Iterable[Sequence[object]]) -> bytes:
     writer.writerows(rows)
     text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
     return text.encode(errors="surrogateescape")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole."""
+    write_whole(path, (json.dumps(content, indent=2, default=float) + "\n").encode())
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file whole, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, csv_of([header, *rows]))
 
 
 def sync(path: Path) -> None:

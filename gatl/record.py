@@ -58,6 +58,11 @@ def resume_command(folder: Path, *overrides: str) -> str:
     return shlex.join(["python", "-m", "gatl", f"resume={folder}", *overrides])
 
 
+def final_command(folder: Path, *words: str) -> str:
+    """Return what a user types to make the final model of what a search has found."""
+    return shlex.join(["python", "-m", "gatl.final", f"run={folder}", *words])
+
+
 def way_on(folder: Path, *overrides: str) -> str:
     """Say how to go on with a run; one that has no record yet begins anew."""
     if not (folder / JOURNAL).exists():

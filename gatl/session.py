@@ -44,6 +44,9 @@ from gatl.strategies.build import build_strategy
 from gatl.targets import require_arguments
 from gatl.trust import whole
 
+THREADS = torch.get_num_threads()
+"""Threads of the final training: what torch chose for this machine, before a search takes one."""
+
 
 @dataclass(frozen=True)
 class Session:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
-from gatl import final
+from gatl import testing
 from gatl.cli import compose
 from gatl.config import checked
 from gatl.data import folder as image_folder
@@ -106,5 +106,5 @@ def final_run(tmp_path_factory: pytest.TempPathFactory) -> FinalRun:
     nothing = None  # of the rest of a session a test needs none
     console, event = Console(file=StringIO()), threading.Event()
     session = Session(config, folder, data, nothing, nothing, nothing, console, event, event)
-    final.test(session, classifier)
+    testing.test(session, classifier)
     return FinalRun(folder, root)

@@ -30,6 +30,7 @@ WITHOUT_TORCH = (
     "gatl.data.folder",
     "gatl.data.images",
     "gatl.export",
+    "gatl.final",
     "gatl.model_card",
     "gatl.outcome",
     "gatl.predict",
@@ -105,7 +106,17 @@ def test_no_module_needs_itself():
 
 @pytest.mark.parametrize("name", ["gatl.charts", "gatl.report", "gatl.run_folder"])
 def test_the_report_reads_only_what_a_run_wrote(name):
-    parts = ("data", "models", "classifier", "evaluation", "final", "search", "strategies")
+    parts = (
+        "data",
+        "models",
+        "classifier",
+        "evaluation",
+        "final",
+        "retraining",
+        "testing",
+        "search",
+        "strategies",
+    )
     assert not [m for m in IMPORTS[name] if any(belongs(m, part) for part in parts)]
 
 

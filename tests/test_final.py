@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, log_loss, precision_score, recall_score
 
-from gatl import final, heat_maps
+from gatl import final, heat_maps, retraining, testing
 from gatl.classifier import Classifier, Diverged
 from gatl.cli import compose
 from gatl.config import checked
@@ -30,11 +30,12 @@ from gatl.data.images import prepare
 from gatl.data.source import Source, Split
 from gatl.errors import UserError
 from gatl.evaluation import fit_seed, silence
-from gatl.final import finish, measure, reevaluate
+from gatl.final import finish
 from gatl.heat_maps import heat_map, overlay
 from gatl.model_card import describe
 from gatl.outcome import Outcome
 from gatl.record import open_study, tell
+from gatl.retraining import reevaluate
 from gatl.session import Session
 from gatl.streams import Purpose
 
@@ -275,7 +276,7 @@ def test_an_interrupted_reevaluation_goes_on_where_it_was(tmp_path, data):
 def test_the_interval_is_wilsons():
     """Wilson (1927): (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n); 8 of 10 are right."""
     logits = torch.eye(2)[[0] * 8 + [1] * 2]
-    test = measure(logits, np.zeros(10, np.int64), ("a", "b"))
+    test = testing.measure(logits, np.zeros(10, np.int64), ("a", "b"))
     assert test["accuracy"] == 0.8
     assert test["accuracy_ci95"] == pytest.approx([0.490162, 0.943318], abs=1e-6)
 
@@ -284,7 +285,7 @@ def test_the_figures_are_those_of_scikit_learn():
     rng = np.random.default_rng(1)
     logits = torch.from_numpy(rng.normal(size=(50, 4))).float()
     labels = rng.integers(0, 3, 50)  # class 3 has no image
-    test = measure(logits, labels, ("a", "b", "c", "d"))
+    test = testing.measure(logits, labels, ("a", "b", "c", "d"))
     predicted = logits.numpy().argmax(1)
     probabilities = torch.softmax(logits, 1).numpy().astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)
@@ -480,7 +481,7 @@ def test_the_next_commands_name_the_run_and_what_it_trusts(tmp_path):
 
 def cheaply(monkeypatch):
     """Let the final training learn nothing from one batch."""
-    monkeypatch.setattr(final, "build_trainer", only_a_batch(final.build_trainer))
+    monkeypatch.setattr(retraining, "build_trainer", only_a_batch(retraining.build_trainer))
 
 
 def only_a_batch(build_trainer):
@@ -523,7 +524,7 @@ def raising(error):
 
 
 def test_when_all_diverge_one_line_says_so(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(final, "retrain", raising(Diverged("diverged: ...")))
+    monkeypatch.setattr(retraining, "retrain", raising(Diverged("diverged: ...")))
     with pytest.raises(UserError, match="all 3 candidates diverged"):
         finish(session_in(tmp_path, data))
 
@@ -670,11 +671,11 @@ def test_a_final_training_goes_on_as_if_it_had_not_been_cut_off(
             finish(session)
         interrupting = False
     else:
-        tested = final.test
-        monkeypatch.setattr(final, "test", lambda *args: (_ for _ in ()).throw(OSError("full")))
+        tested = testing.test
+        monkeypatch.setattr(testing, "test", lambda *args: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(UserError, match="full"):
             finish(session)
-        monkeypatch.setattr(final, "test", tested)
+        monkeypatch.setattr(testing, "test", tested)
         monkeypatch.setattr("lightning.Trainer.fit", refuse)
     session.stop.clear()
     finish(session)
@@ -693,16 +694,16 @@ def test_what_a_training_goes_on_from(tmp_path):
         torch.save({"epochs": curve}, folder / "last.ckpt")
         torch.save({"epochs": [*curve, {"val_loss": 0.3}][:n_best]}, folder / "best.ckpt")
 
-    assert final._begun(folder, begun, 3) is None
+    assert retraining._begun(folder, begun, 3) is None
     leave()
     for max_epochs in (2, 3, 9):
-        assert final._begun(folder, begun, max_epochs) == {"epochs": curve}
-    assert final._begun(folder, begun, 1) is None  # it is beyond its end
+        assert retraining._begun(folder, begun, max_epochs) == {"epochs": curve}
+    assert retraining._begun(folder, begun, 1) is None  # it is beyond its end
     assert not (folder / "last.ckpt").exists()
     leave(3)  # it was killed between the two: the third epoch comes again
-    assert final._begun(folder, begun, 3) == {"epochs": curve}
+    assert retraining._begun(folder, begun, 3) == {"epochs": curve}
     leave(1)  # a power cut left the one before
-    assert final._begun(folder, begun, 3) is None
+    assert retraining._begun(folder, begun, 3) is None
     for name in ("last.ckpt", "best.ckpt", "training.json"):
         leave()
         content = (folder / name).read_bytes()
@@ -710,38 +711,38 @@ def test_what_a_training_goes_on_from(tmp_path):
             leave()
             (folder / name).write_bytes(content[:n] + bytes(n == 1))
             whole = name == "training.json" and n == len(content) - 1  # but for the line's end
-            assert final._begun(folder, begun, 3) == ({"epochs": curve} if whole else None)
+            assert retraining._begun(folder, begun, 3) == ({"epochs": curve} if whole else None)
         leave()
         (folder / name).unlink()
-        assert final._begun(folder, begun, 3) is None
+        assert retraining._begun(folder, begun, 3) is None
     leave()
-    assert final._begun(folder, begun | {"patience": 3}, 3) is None
+    assert retraining._begun(folder, begun | {"patience": 3}, 3) is None
     assert not (folder / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
 def test_what_cannot_be_read_just_now_is_not_deleted(tmp_path, monkeypatch, error):
     folder = tmp_path / "fit"
-    assert final._begun(folder, {}, 3) is None
+    assert retraining._begun(folder, {}, 3) is None
     for name in ("best.ckpt", "last.ckpt"):
         torch.save({"epochs": [{"val_loss": 0.5}]}, folder / name)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "load", raising(error))
         with pytest.raises(type(error)):
-            final._begun(folder, {}, 3)
-    assert final._begun(folder, {}, 3) == {"epochs": [{"val_loss": 0.5}]}
+            retraining._begun(folder, {}, 3)
+    assert retraining._begun(folder, {}, 3) == {"epochs": [{"val_loss": 0.5}]}
 
 
 def test_a_kill_while_the_result_is_written_loses_no_training(tmp_path, data, monkeypatch):
     session = session_in(tmp_path, data)
-    write = final._write_json
+    write = final.write_json
 
     def killed(path, content):
         if path.name == "result.json":
             raise SystemExit
         write(path, content)
 
-    monkeypatch.setattr(final, "_write_json", killed)
+    monkeypatch.setattr(final, "write_json", killed)
     with pytest.raises(SystemExit):
         finish(session)
     assert (tmp_path / "best.ckpt").exists()
@@ -802,12 +803,12 @@ def test_a_training_that_diverges_late_keeps_its_best_epoch(tmp_path, data, monk
 )
 def test_a_training_is_over_when_early_stopping_says_so(losses, over):
     curve = [{"val_loss": loss} for loss in losses]
-    assert final._is_over(curve, max_epochs=4, patience=2) == over
+    assert retraining._is_over(curve, max_epochs=4, patience=2) == over
 
 
 def test_what_is_made_is_not_made_again(made, data, monkeypatch):
-    monkeypatch.setattr(final, "test", refuse)
-    monkeypatch.setattr(final, "retrain", refuse)
+    monkeypatch.setattr(testing, "test", refuse)
+    monkeypatch.setattr(retraining, "retrain", refuse)
     again = session_in(made.folder, data, refuse, losses=())
     assert finish(again) == 0.5
     assert "Nothing is left to do" in printed(again)

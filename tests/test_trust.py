@@ -31,7 +31,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._base import BaseJournalSnapshot
 
 import gatl.__main__
-from gatl import compare, final
+from gatl import compare, final, retraining
 from gatl.classifier import Classifier
 from gatl.cli import compose, remember, resumed
 from gatl.config import Config, checked
@@ -651,14 +651,14 @@ def test_a_final_training_deletes_no_file_that_its_checkpoint_names(tmp_path, li
         "ModelCheckpoint": {"dirpath": str(folder), "best_model_path": "", "best_k_models": {}}
     }
     checkpoint(folder / "last.ckpt", epochs=epochs, callbacks=states)
-    assert final._begun(folder, {}, 3)["epochs"] == epochs
+    assert retraining._begun(folder, {}, 3)["epochs"] == epochs
     for key, value in (("best_model_path", lie), ("best_k_models", {lie: 1.0})):
         hostile = copy.deepcopy(states)
         hostile["ModelCheckpoint"][key] = value
         (folder / "training.json").write_text("{}")
         checkpoint(folder / "best.ckpt", epochs=epochs)
         checkpoint(folder / "last.ckpt", epochs=epochs, callbacks=hostile)
-        assert final._begun(folder, {}, 3) is None
+        assert retraining._begun(folder, {}, 3) is None
 
 
 def test_nothing_in_the_name_of_the_run_folder_is_resolved(tmp_path):
