@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from gatl.chromosome import KNOWN_GENES
-from gatl.progress import format_genes, format_loss
+from gatl.progress import format_duration, format_genes, format_loss
 from gatl.run_folder import Trial, mean
 
 Figure = dict[str, Any]
@@ -29,6 +29,8 @@ GENE_NAMES = {
 GREY = "#808a94"
 """Can be seen in light and dark."""
 CUT = "The worst lie outside the picture; a double click shows all."
+BARS = 1_000
+"""Fits that are drawn."""
 LOGARITHMIC = ("learning_rate", "weight_decay")
 
 
@@ -331,6 +333,59 @@ def trade_off(trials: Sequence[Trial], cost: str) -> Chart | None:
     x = _scaled(titles[cost], [x for x, _, _ in known])
     y = _axis("validation accuracy", tickformat=".0%")
     return Chart(f"Accuracy against {titles[cost]}", _figure(data, x, y))
+
+
+def lanes(spans: Sequence[tuple[float, float]]) -> list[int]:
+    """Lay spans of time out so that none lies over another, but for what rounding did.
+
+    Args:
+        spans: When each begins and ends, in the order of their beginnings.
+
+    Returns:
+        For each the lowest lane that is free, from 0; there are as many as spans at once.
+    """
+    ends: list[float] = []
+    found = []
+    for begin, end in spans:
+        lane = next((i for i, last in enumerate(ends) if last <= begin + 0.002), len(ends))
+        ends[lane : lane + 1] = [end]
+        found.append(lane)
+    return found
+
+
+def busy(trials: Sequence[Trial]) -> float | None:
+    """Return the share in [0, 1] of their time in which the workers of a search ran fits."""
+    fits = sorted(fit for trial in trials for fit in trial.fits)
+    if not fits:
+        return None
+    begins = [0.0, *(begin for begin, _, _ in fits[1:]), max(b + s for b, s, _ in fits)]
+    there = math.fsum(
+        n * (end - begin)
+        for (_, _, n), (begin, end) in zip(fits, itertools.pairwise(begins), strict=True)
+    )
+    return min(1.0, math.fsum(s for _, s, _ in fits) / there) if there > 0 else None
+
+
+def workers(trials: Sequence[Trial]) -> Figure:
+    """Draw when fits ran, a line for each that ran at once; at most the first `BARS`."""
+    fits = sorted(
+        ((fit, trial) for trial in trials for fit in trial.fits), key=lambda found: found[0]
+    )[:BARS]
+    rows = lanes([(begin, begin + seconds) for (begin, seconds, _), _ in fits])
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "base": [_rounded(begin) for (begin, _, _), _ in fits],
+        "x": [_rounded(seconds) for (_, seconds, _), _ in fits],
+        "y": [lane + 1 for lane in rows],
+        "text": [label(f"{about(t)} · {format_duration(s)}") for (_, s, _), t in fits],
+        "textposition": "none",
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"line": {"width": 1, "color": GREY}},
+    }
+    y = {"automargin": True, "dtick": 1, "autorange": "reversed"}
+    n = max(rows, default=0) + 1
+    return _figure([bar], _axis("seconds of the search"), y, height=min(110 + 32 * n, 700))
 
 
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:

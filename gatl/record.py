@@ -8,6 +8,7 @@ import contextlib
 import csv
 import fcntl
 import itertools
+import json
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,12 @@ JOURNAL = "study.journal"
 HISTORY = "history.csv"
 OUTCOME = "outcome"  # the trial's user attribute
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
+FITS = "fits"  # in a trial's outcome
+_BESIDE = (SECONDS, FITS)  # what stands there that is no part of it
+
+FitTime = tuple[float, float, int]
+"""When a fit began, in seconds of the search as `seconds_of` counts them; its own seconds; and the
+workers that there were."""
 
 
 @contextlib.contextmanager
@@ -160,8 +167,10 @@ def require_sound(study: optuna.Study) -> None:
     numbers = [study.user_attrs.get(SECONDS, 0.0)]
     for trial in study.get_trials(deepcopy=False):
         kept = trial.user_attrs.get(OUTCOME, {})
-        outcome = Outcome.from_json({name: kept[name] for name in kept if name != SECONDS})
+        outcome = Outcome.from_json({name: kept[name] for name in kept if name not in _BESIDE})
         numbers += [kept.get(SECONDS, 0.0), *trial.params.values()]
+        for began, seconds, n_workers in kept.get(FITS, []):
+            numbers += [began, seconds, n_workers]
         numbers += [*trial.intermediate_values.values(), *(trial.values or ())]
         complete = trial.state is TrialState.COMPLETE
         if complete and (len(trial.values or ()) != 1 or (kept and outcome.val_loss is None)):
@@ -206,17 +215,29 @@ def begin(
     return study._storage.get_trial(study._storage.create_new_trial(study._study_id, trial))
 
 
-def reach(study: optuna.Study, number: int, outcome: Outcome, seconds: float = 0.0) -> FrozenTrial:
+def reach(
+    study: optuna.Study,
+    number: int,
+    outcome: Outcome,
+    seconds: float = 0.0,
+    fits: Sequence[FitTime] = (),
+) -> FrozenTrial:
     """Record what a trial, which goes on RUNNING, has at a rung; see `tell`."""
     trial = _trial_id(study, number)
     assert outcome.val_loss is not None
     # The attribute last: of a trial that has it, the loss at the rung is known.
     study._storage.set_trial_intermediate_value(trial, outcome.epochs, outcome.val_loss)
-    study._storage.set_trial_user_attr(trial, OUTCOME, outcome.to_json() | {SECONDS: seconds})
+    study._storage.set_trial_user_attr(trial, OUTCOME, _kept(outcome, seconds, fits))
     return study._storage.get_trial(trial)
 
 
-def tell(study: optuna.Study, number: int, outcome: Outcome, seconds: float = 0.0) -> FrozenTrial:
+def tell(
+    study: optuna.Study,
+    number: int,
+    outcome: Outcome,
+    seconds: float = 0.0,
+    fits: Sequence[FitTime] = (),
+) -> FrozenTrial:
     """End a trial in the study: COMPLETE with its val_loss, PRUNED, or FAIL with its reason.
 
     Args:
@@ -224,13 +245,14 @@ def tell(study: optuna.Study, number: int, outcome: Outcome, seconds: float = 0.
         number: The trial's number.
         outcome: Of its fit.
         seconds: That the search has taken up to now, see `seconds_of`.
+        fits: Those of the trial: none if it got another's result, several if it stood at rungs.
 
     Returns:
         The trial.
     """
     trial = _trial_id(study, number)
     # The attribute first: a kill between the two leaves the trial RUNNING, to be evaluated again.
-    study._storage.set_trial_user_attr(trial, OUTCOME, outcome.to_json() | {SECONDS: seconds})
+    study._storage.set_trial_user_attr(trial, OUTCOME, _kept(outcome, seconds, fits))
     if outcome.val_loss is None:
         study.tell(number, state=TrialState.FAIL)
     elif outcome.pruned:
@@ -238,6 +260,12 @@ def tell(study: optuna.Study, number: int, outcome: Outcome, seconds: float = 0.
     else:
         study.tell(number, outcome.val_loss)
     return study._storage.get_trial(trial)
+
+
+def _kept(outcome: Outcome, seconds: float, fits: Sequence[FitTime]) -> dict[str, Any]:
+    """Return the user attribute of a trial that has ended, or has reached a rung."""
+    times = [(round(began, 3), round(spent, 3), n_workers) for began, spent, n_workers in fits]
+    return outcome.to_json() | {SECONDS: seconds, FITS: times}
 
 
 def _trial_id(study: optuna.Study, number: int) -> int:
@@ -248,7 +276,13 @@ def _trial_id(study: optuna.Study, number: int) -> int:
 def outcome_of(trial: FrozenTrial) -> Outcome:
     """Return the recorded outcome of a trial that has ended, or has reached a rung."""
     recorded = trial.user_attrs.get(OUTCOME, {})
-    return Outcome(**{name: value for name, value in recorded.items() if name != SECONDS})
+    return Outcome(**{name: value for name, value in recorded.items() if name not in _BESIDE})
+
+
+def fits_of(trial: FrozenTrial) -> list[FitTime]:
+    """Return when the fits of a trial ran that has ended, or has reached a rung."""
+    recorded = trial.user_attrs.get(OUTCOME, {}).get(FITS, [])
+    return [(began, seconds, n_workers) for began, seconds, n_workers in recorded]
 
 
 def told_after(trial: FrozenTrial) -> float:
@@ -302,7 +336,7 @@ class History:
             *("number", "generation", "state"),
             *self._genes,
             *results.split(),
-            *("reused_from", "error", "micro_batch"),
+            *("reused_from", "error", "micro_batch", "started_s", FITS),
         )
 
     def update(
@@ -325,7 +359,7 @@ class History:
         )
 
     def _row(self, trial: FrozenTrial, generation: int | None) -> tuple[object, ...]:
-        outcome = outcome_of(trial)
+        outcome, fits = outcome_of(trial), fits_of(trial)
         return (
             *(trial.number, generation, trial.state.name),
             *(trial.params.get(gene) for gene in self._genes),
@@ -339,6 +373,8 @@ class History:
             outcome.reused_from,
             outcome.error,
             outcome.micro_batch,
+            fits[0][0] if fits else None,
+            json.dumps(fits) if fits else None,
         )
 
     def _write(self, rows: Iterable[Sequence[object]]) -> int:

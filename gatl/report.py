@@ -180,6 +180,7 @@ def render(folder: RunFolder, *, importance: bool = True, running: bool = False)
     found = found_genes(trials, result)
     sections = [
         *_search(folder, trials, config, importance=importance),
+        *([] if running else _workers(trials)),  # of what runs, nothing is known here
         *_training(folder, trials),
         *_test(folder, result),
         *_data(folder, result),
@@ -548,6 +549,22 @@ def importance(
         for name in ranges:
             shares[name].append(float(found[name]))
     return shares
+
+
+def _workers(trials: Sequence[Trial]) -> list[Section]:
+    """Return when fits ran, and how busy that kept the workers."""
+    share_busy = charts.busy(trials)
+    if share_busy is None:
+        return []
+    n_fits = sum(len(trial.fits) for trial in trials)
+    cut = f" The first {charts.BARS:,} of {n_fits:,} are drawn." if n_fits > charts.BARS else ""
+    words = [
+        f"The workers were busy {share_busy:.0%} of the search's time.",
+        "A bar is a fit, of trials that have ended; a trial that stood at rungs has several. At "
+        "the end of a generation, and at each rung, workers wait for the last fit. The time "
+        f"between sessions of a search that was resumed does not count.{cut}",
+    ]
+    return [Section("Workers", words, [Chart("Fits that ran at once", charts.workers(trials))])]
 
 
 def _training(folder: RunFolder, trials: Sequence[Trial]) -> list[Section]:

@@ -1,12 +1,13 @@
 """Reading what a run wrote, whoever wrote it: what is damaged is told, never trusted or raised."""
 
 import base64
+import contextlib
 import csv
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from gatl.trust import read_yaml, require_inside, whole
 MAX_TRIALS = 10_000
 """Trials that are read; more make a page too large to open."""
 MAX_CLASSES = 2_000
+MAX_FITS = 20
+"""Of a trial: one for each rung."""
+MAX_WORKERS = 10_000
 MAX_ROWS = 2_000_000
 """Of any other table."""
 MAX_JSON = 2**26
@@ -115,6 +119,8 @@ class Trial:
         duration_s: Seconds of its fit.
         trainable_params: Parameters that were trained.
         reused: Whether it is the result of an earlier trial.
+        fits: Its fits: when each began, in seconds of the search; its own seconds; and the
+            workers that there were.
     """
 
     number: int
@@ -127,6 +133,7 @@ class Trial:
     duration_s: float | None
     trainable_params: int | None
     reused: bool
+    fits: tuple[tuple[float, float, int], ...] = ()
 
     @property
     def loss(self) -> float:
@@ -279,7 +286,20 @@ def _trial(row: Mapping[str, str]) -> Trial | None:
         seconds if seconds is not None and seconds >= 0 else None,
         whole_number(row.get("trainable_params")),
         bool(row.get("reused_from")),
+        tuple(_fits(row.get("fits") or "[]")),
     )
+
+
+def _fits(text: str) -> Iterator[tuple[float, float, int]]:
+    """Yield the fits that a cell tells of, but for what cannot be one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(text)
+        for fit in found[:MAX_FITS] if isinstance(found, list) else []:
+            kept = fit if isinstance(fit, list) and len(fit) == 3 else [None] * 3
+            began, seconds, n_workers = *map(number, kept[:2]), whole_number(kept[2], MAX_WORKERS)
+            if began is None or seconds is None or not n_workers or min(began, seconds) < 0:
+                continue
+            yield began, seconds, n_workers
 
 
 def square(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[int]]] | None:

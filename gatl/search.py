@@ -6,7 +6,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from multiprocessing.synchronize import Event
@@ -26,8 +26,10 @@ from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.record import (
     SECONDS,
+    FitTime,
     History,
     begin,
+    fits_of,
     outcome_of,
     reach,
     resume_command,
@@ -240,7 +242,8 @@ class Search:
             if number in best:
                 self._queue.append(number)
             else:
-                self._tell(number, replace(self._reached[number], pruned=True))
+                pruned = replace(self._reached[number], pruned=True)
+                self._tell(number, pruned, fits_of(self._trials[number]))
         self._longest_first()
 
     def _longest_first(self) -> None:
@@ -298,16 +301,19 @@ class Search:
         if outcome.stopped:
             self._queue.appendleft(number)
             return
+        fits = fits_of(self._trials[number]) if number in self._reached else []
+        began = max(0.0, self.seconds - outcome.duration_s)  # its worker may have had to start
+        fits.append((began, outcome.duration_s, self._evaluator.n_workers))
         if number in self._reached:
             spent = self._reached[number].duration_s + outcome.duration_s
             outcome = replace(outcome, duration_s=spent)
         self._time(self._space.to_dict(self._chromosomes[number]), outcome)
         if outcome.error is None and outcome.epochs in self._config.rungs:
-            self._trials[number] = reach(self._study, number, outcome, self.seconds)
+            self._trials[number] = reach(self._study, number, outcome, self.seconds, fits)
             self._reached[number] = outcome
             self._view.paused(number, self._space.to_dict(self._chromosomes[number]), outcome)
             return
-        self._tell(number, outcome)
+        self._tell(number, outcome, fits)
         self._any_complete |= outcome.error is None
 
     def _require_some_success(self) -> None:
@@ -321,8 +327,8 @@ class Search:
                 + resume_command(self._folder, *word_for(self._config))
             )
 
-    def _tell(self, number: int, outcome: Outcome) -> None:
-        trial = self._trials[number] = tell(self._study, number, outcome, self.seconds)
+    def _tell(self, number: int, outcome: Outcome, fits: Sequence[FitTime] = ()) -> None:
+        trial = self._trials[number] = tell(self._study, number, outcome, self.seconds, fits)
         self._begun.pop(self._chromosomes.pop(number), None)
         self._reached.pop(number, None)
         self._learn(trial)

@@ -84,9 +84,11 @@ def complete(process, code=0):
 
 
 def history(folder):
-    """Return the rows of history.csv but for their durations."""
+    """Return the rows of history.csv but for their times."""
+    times = ("duration_s", "started_s", "fits")
     with (folder / "history.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "duration_s"} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in times} for row in rows]
 
 
 def until(holds, process):

@@ -203,7 +203,10 @@ def killed_again_and_again(run: Run, seed: str) -> None:
 def result(folder: Path) -> dict[str, object]:
     """Return all that a search found, but for what it took."""
     with (folder / "history.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k != "duration_s"} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in ("duration_s", "started_s", "fits"):
+            del row[name]
     found = json.loads((folder / "result.json").read_text())
     del found["final"]["seconds"]
     logs = {path.parent.name: path.read_text() for path in folder.glob("trials/*/metrics.csv")}

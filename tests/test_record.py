@@ -18,6 +18,7 @@ from gatl.record import (
     History,
     _mend,
     begin,
+    fits_of,
     held,
     open_study,
     outcome_of,
@@ -30,10 +31,11 @@ from gatl.record import (
 
 SPACE = {"learning_rate": FloatDistribution(0, 1)}
 
-# DESIGN.md, section 5, and micro_batch.
+# DESIGN.md, section 5, and what was added since.
 COLUMNS = (
     "number,generation,state,included_layers,frozen_layers,learning_rate,dropout,val_loss,fitness,"
-    "val_accuracy,epochs,duration_s,trainable_params,total_params,reused_from,error,micro_batch"
+    "val_accuracy,epochs,duration_s,trainable_params,total_params,reused_from,error,micro_batch,"
+    "started_s,fits"
 )
 
 
@@ -262,15 +264,18 @@ def test_a_row_tells_everything_of_a_trial(tmp_path: Path) -> None:
     study.ask({"learning_rate": FloatDistribution(0.5, 0.5)})
     study.ask({"learning_rate": FloatDistribution(0.5, 0.5)})
     tell(study, 0, Outcome(0.25, 0.75, 2, 1.23456, 10, 20, micro_batch=8, reused_from=None))
-    tell(study, 1, Outcome(error='ValueError: a "quoted", comma', duration_s=0.1))
+    fits = [(1.23456, 2.5, 2), (40.0, 8.0, 3)]
+    tell(study, 1, Outcome(error='ValueError: a "quoted", comma', duration_s=0.1), 50.0, fits)
     History(tmp_path, ["learning_rate"]).update(study.get_trials(), lambda number: None)
     first, second = (list(row.values()) for row in rows(tmp_path))
     figures = ["0.25", "-0.25", "0.75", "2", "1.235", "10", "20"]
-    assert first == ["0", "", "COMPLETE", "0.5", *figures, "", "", "8"]
+    assert first == ["0", "", "COMPLETE", "0.5", *figures, "", "", "8", "", ""]
     assert second == [
         *("1", "", "FAIL", "0.5", "", "", "", "0", "0.1", "", "", ""),
-        *('ValueError: a "quoted", comma', ""),
+        *('ValueError: a "quoted", comma', "", "1.235", "[[1.235, 2.5, 2], [40.0, 8.0, 3]]"),
     ]
+    assert fits_of(study.trials[0]) == []
+    assert fits_of(study.trials[1]) == [(1.235, 2.5, 2), (40.0, 8.0, 3)]
 
 
 def test_an_error_with_bytes_that_are_no_text_can_be_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import csv
 import errno
 import functools
 import io
+import itertools
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ HEADER = (
     *("number", "generation", "state", "included_layers", "frozen_layers", "learning_rate"),
     *("dropout", "val_loss", "fitness", "val_accuracy", "epochs", "duration_s"),
     *("trainable_params", "total_params", "reused_from", "error", "micro_batch"),
+    *("started_s", "fits"),
 )
 PLAIN = (58, 0, 0.001, 0.2)
 """The first initial chromosome."""
@@ -41,7 +43,8 @@ def row(number, generation, state, genes, loss, **more):
         **dict(zip(KNOWN_GENES, genes, strict=False)),
         **{"val_loss": loss, "fitness": -loss, "val_accuracy": 0.5 + number / 100, "epochs": 2},
         **{"duration_s": 10.0 + number, "trainable_params": 1000 * (number + 1)},
-        **{"total_params": 9000, **more},
+        **{"total_params": 9000, "started_s": 12.0 * number},
+        **{"fits": json.dumps([[12.0 * number, 10.0 + number, 2]]), **more},
     }
     return [values.get(name, "") for name in HEADER]
 
@@ -52,7 +55,7 @@ ROWS = [
     row(2, 0, "PRUNED", (10, 0, 1e-5, 0.9), 3.0, epochs=1),
     row(3, 1, "COMPLETE", (30, 12, 0.002, 0.3), 0.4),
     row(4, 1, "FAIL", (30, 12, 0.1, 0.3), 0.0, val_loss="", error=EVIL),
-    row(5, 1, "COMPLETE", (40, 10, 0.01, 0.5), 0.6, reused_from=1),
+    row(5, 1, "COMPLETE", (40, 10, 0.01, 0.5), 0.6, reused_from=1, fits=""),
 ]
 RESULT = {
     "best": {
@@ -387,6 +390,66 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     assert page.figures == []
 
 
+# Workers.
+
+
+def test_workers_are_told_how_busy_they_were(run):
+    # 10 + 11 + 12 + 13 + 14 seconds of fits, by 2 workers, until 48 + 14
+    words = read(run).sections["Workers"]
+    assert "The workers were busy 48% of the search's time." in words
+
+
+def schedule(rng, n_fits, sessions):
+    """Return the fits that workers did, one behind the other, as trials of up to three."""
+    fits, end = [], 0.0
+    for n_workers in sessions:
+        free = [end] * n_workers
+        for _ in range(n_fits):
+            worker = int(np.argmin(free))
+            began = free[worker] + rng.exponential(0.3)
+            seconds = rng.exponential(1.0)
+            fits.append((began, seconds, n_workers))
+            free[worker] = began + seconds
+        end = max(free)
+    rng.shuffle(fits)
+    cuts = np.cumsum(rng.integers(0, 4, len(fits)))
+    pieces = np.split(np.array(fits), cuts[cuts < len(fits)])
+    return [
+        Trial(i, 0, "COMPLETE", {}, 0.5, 0.5, 1, 1.0, 10, False,
+              tuple((float(a), float(b), int(c)) for a, b, c in piece))
+        for i, piece in enumerate(pieces)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sessions", [(1,), (4,), (3, 8, 2)])
+def test_the_strip_has_a_lane_for_each_fit_at_once(sessions):
+    trials = schedule(np.random.default_rng(0), 30, sessions)
+    fits = [fit for trial in trials for fit in trial.fits]
+    (bars,) = charts.workers(trials)["data"]
+    assert len(bars["x"]) == len(fits)
+    assert set(bars["y"]) == set(range(1, max(sessions) + 1))
+    for lane in set(bars["y"]):
+        spans = [(b, b + x) for b, x, y in zip(bars["base"], bars["x"], bars["y"], strict=True)
+                 if y == lane]  # fmt: skip
+        assert all(end <= begin + 0.0021 for (_, end), (begin, _) in itertools.pairwise(spans))
+    # The same share by looking at moments.
+    moments = np.linspace(0, max(b + s for b, s, _ in fits), 20_001)[:-1]
+    running = sum((b <= moments) & (moments < b + s) for b, s, _ in fits)
+    order = sorted(fits)
+    last = np.searchsorted([b for b, _, _ in order], moments, side="right") - 1
+    there = np.array([n for _, _, n in order])[np.maximum(last, 0)]
+    assert charts.busy(trials) == pytest.approx(running.sum() / there.sum(), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "cell", ["[[1, 2]]", "[[1, -2, 1]]", "[[1, 2, 0]]", "[1, 2, 3]", '{"a": 1}', "[" * 10**5]
+)
+def test_what_is_no_fit_is_none(tmp_path, cell):
+    folder = write_run(tmp_path / "run", [row(0, 0, "COMPLETE", PLAIN, 1.0, fits=cell)])
+    assert RunFolder(folder).trials()[0].fits == ()
+    assert "Workers" not in read(folder).sections
+
+
 # The page of a run in progress.
 
 RELOADS = '<meta http-equiv="refresh" content="30">'
@@ -401,6 +464,7 @@ def test_a_run_in_progress_has_a_page_that_says_so_and_reloads(run):
         assert RELOADS in content
         assert f"python -m gatl resume={run}" in page.sections["In progress"]
         assert "No final model yet" not in page.sections
+        assert "Workers" not in page.sections  # of what runs the page knows nothing
         assert "Importance of the genes" not in page.sections  # it takes seconds
         assert len(page.figures) > 5
     finished = report.make(run).read_text()

@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from gatl.config import checked
 from gatl.errors import UserError
 from gatl.evaluation import CHECKPOINT, Fit, fit_seed
 from gatl.outcome import Outcome
-from gatl.record import open_study, outcome_of
+from gatl.record import open_study, outcome_of, seconds_of
 from gatl.search import Ending, Search
 from gatl.streams import Purpose
 
@@ -202,7 +203,7 @@ class Run:
 
     @property
     def history(self) -> str:
-        return (self.folder / "history.csv").read_text()
+        return without_times(self.folder / "history.csv")
 
 
 def kill():
@@ -215,6 +216,14 @@ def whole(folder: Path, *args, **kwargs) -> Run:
     run = Run(folder, *args, **kwargs)
     assert run() is Ending.COMPLETE
     return run
+
+
+def without_times(path: Path) -> str:
+    """Return a history but for when fits ran."""
+    kept = io.StringIO()
+    with path.open(newline="") as file:
+        csv.writer(kept).writerows(row[:-2] for row in csv.reader(file))
+    return kept.getvalue()
 
 
 def rows(history: str) -> list[dict[str, str]]:
@@ -581,7 +590,7 @@ def test_ctrl_c_leaves_running_trials_for_resume(tmp_path):
     assert states.count(TrialState.RUNNING) == 10 - 8
     assert run.evaluator.cut.is_set()
     assert Run(folder)() is Ending.COMPLETE
-    assert (folder / "history.csv").read_text() == expected
+    assert without_times(folder / "history.csv") == expected
 
 
 def test_a_result_that_comes_in_spite_of_ctrl_c_is_kept(tmp_path):
@@ -784,6 +793,47 @@ def test_the_best_third_of_a_generation_goes_on_from_each_rung(tmp_path):
                     assert float(row["duration_s"]) == 1 + (1, 3, 9).index(epochs)
             left = go_on
         assert len(left) == 1
+
+
+def test_the_record_says_when_each_fit_ran(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("gatl.search.time.monotonic", lambda: now[0])
+    began: dict[tuple[int, int], float] = {}  # by trial and epochs; each takes a second
+
+    class Timed(FakeEvaluator):
+        def wait(self, timeout):
+            now[0] += 1.5
+            ((key, outcome),) = super().wait(timeout)
+            began[key, outcome.epochs] = now[0] - before - 1
+            return [(key, outcome)]
+
+    before = now[0]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    overrides = (*HALVED[1], "ga.generations=4")
+    with pytest.raises(Killed):
+        Run(folder, Timed(3, evaluate=learning), Spy(10, kill), overrides)()
+    spent = seconds_of(open_study(folder, None))
+    now[0] += 10_000  # nobody searches
+    before = now[0] - spent
+    run = Run(folder, Timed(2, evaluate=learning), overrides=overrides)
+    assert run() is Ending.COMPLETE
+    with (folder / "history.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert any(row["reused_from"] for row in table)
+    workers = set()
+    for row in table:
+        if row["reused_from"]:
+            assert (row["started_s"], row["fits"]) == ("", "")
+            continue
+        fits = json.loads(row["fits"])
+        ends = (1, 3, 9)[: 1 + (1, 3, 9).index(int(row["epochs"]))]
+        expected = [began[int(row["number"]), end] for end in ends]
+        assert [fit[0] for fit in fits] == expected
+        assert float(row["started_s"]) == expected[0]
+        assert sum(fit[1] for fit in fits) == float(row["duration_s"])
+        workers |= {fit[2] for fit in fits}
+    assert workers == {2, 3}
 
 
 def fit_of(run: Run, row: dict[str, str]) -> Fit:
