@@ -174,7 +174,7 @@ def test_another_seed_is_another_search(sweep, once):
 def test_a_run_leaves_what_the_contract_names(once):
     assert {path.name for path in once.iterdir()} == {
         *(".hydra", "study.journal", "history.csv", "trials", "result.json", "final", "best.ckpt"),
-        *("images.csv", "MODEL_CARD.md", "report.html"),
+        *("images.csv", "MODEL_CARD.md", "report.html", "search"),
     }
     evaluated = {row["number"] for row in history(once) if not row["reused_from"]}
     assert {path.name for path in (once / "trials").iterdir()} == evaluated

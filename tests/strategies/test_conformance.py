@@ -74,7 +74,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def trials_of(name: str) -> int:
     """Return how many trials show what a strategy does."""
-    return 6 if name in SLOW else 16
+    return 8 if name in SLOW else 16
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_resumed_after_any_trial_it_is_the_search_never_killed(
     name: str, make: Make, space: SearchSpace, tmp_path: Path, n: int, monkeypatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nobody pulls the plug
-    for fresh_after in (5,) if name in SLOW else (1, 4, 7, 11, 14):
+    for fresh_after in (6,) if name in SLOW else (1, 4, 7, 11, 14):
         journal = str(tmp_path / f"{fresh_after}.journal")
         strategy = make(space, 5)
         backend = JournalFileBackend(journal)
