@@ -164,6 +164,8 @@ def _range(points: Sequence[tuple[float, float, str]]) -> dict[str, Any]:
     if high - low <= 10 * (high - middle) or high == middle:
         return {}
     bottom = high - 4 * (high - middle)
+    if sum(value < bottom for value in values) > len(values) / 10:  # they are the story
+        return {}
     return {"range": [_rounded(bottom), _rounded(high + 0.05 * (high - bottom))]}
 
 

@@ -640,6 +640,20 @@ def test_a_few_bad_losses_leave_the_picture():
     assert "double click" in chart.caption
 
 
+@pytest.mark.parametrize(
+    ("losses", "cut"), [([9, 0.2, 0.21], False), ([9, *[0.2, 0.21] * 9], True)]
+)
+def test_of_few_generations_the_first_stays_in_the_picture(losses, cut):
+    genes = {"included_layers": 1, "frozen_layers": 0, "learning_rate": 0.1, "dropout": 0.5}
+    trials = [
+        Trial(i, i, "COMPLETE", genes, loss, 0.5, 1, 1.0, 10, False)
+        for i, loss in enumerate(losses)
+    ]
+    chart = charts.progress(trials)
+    assert ("range" in chart.figure["layout"]["yaxis"]) == cut
+    assert ("double click" in chart.caption) == cut
+
+
 # The command.
 
 
