@@ -24,7 +24,7 @@ from gatl.cli import folder_named, help_requested, one_line_errors
 from gatl.errors import UserError, printable
 from gatl.files import csv_of
 from gatl.progress import format_count, format_duration, new_console
-from gatl.record import JOURNAL, outcome_of, require_sound, seconds_of, told_after
+from gatl.record import JOURNAL, RESULT, outcome_of, require_sound, seconds_of, told_after
 from gatl.trust import read_yaml, require_inside
 
 HELP = """\
@@ -37,7 +37,6 @@ It prints a table and saves it, with the best val_loss so far against trials and
 against time, as compare.html, compare.png and compare.csv in that folder. A
 sweep does so by itself at its end."""
 
-RESULT = "result.json"
 MANY = 3
 """Overrides that differ, up to which they name the groups."""
 NO_DIFFERENCE = ("seed", "evaluator.workers", "logger", "cache", "hydra")

@@ -54,7 +54,7 @@ from gatl.streams import Purpose, generator
 PROCESS_BYTES = 2**30
 TRAINING_BYTES_PER_PIXEL = 3072
 VALIDATION_BYTES_PER_PIXEL = 320
-CHECKPOINT = "rung.ckpt"
+RUNG = "rung.ckpt"
 """In the folder of a fit that waits at a rung."""
 EVAL_BATCH_SIZE = 128
 """Validation or test images a batch; nothing that is measured depends on it."""
@@ -161,7 +161,7 @@ class Fit:
         genes: The chromosome by name.
         epochs: The fidelity, or the rung up to which it goes.
         seed: Of its weights, order, augmentation and dropout; see `fit_seed`.
-        folder: Where its logs go. If `CHECKPOINT` lies there, whole, it goes on from that.
+        folder: Where its logs go. If `RUNG` lies there, whole, it goes on from that.
         goes_on: Whether to leave such a checkpoint.
     """
 
@@ -374,7 +374,7 @@ class Fitter:
 
     def _try(self, fit: Fit, n_parts: int = 1) -> Outcome:
         classifier: Classifier | None = None
-        checkpoint = fit.folder / CHECKPOINT
+        checkpoint = fit.folder / RUNG
         try:
             kept = read_checkpoint(checkpoint)
             if kept is not None:  # what began in parts ends in parts

@@ -35,6 +35,7 @@ from gatl.progress import describe_genes, new_console
 from gatl.ranking import incumbent
 from gatl.record import (
     JOURNAL,
+    RESULT,
     History,
     final_command,
     held,
@@ -153,7 +154,7 @@ def finish(session: "Session") -> float:
     # Copied, not moved: whoever is killed before all is written finds what the training left.
     write_whole(folder / "best.ckpt", (fit_folder(session, winner) / "best.ckpt").read_bytes())
     write_whole(folder / MODEL_CARD, describe(result, session.config).encode())
-    write_json(folder / "result.json", result)  # with it the model is made
+    write_json(folder / RESULT, result)  # with it the model is made
     _report(session)
     for candidate in candidates:  # the logs stay
         for name in ("best.ckpt", "last.ckpt", "training.json"):
@@ -182,7 +183,7 @@ def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
 def _result(folder: Path) -> dict[str, Any]:
     """Read ``result.json``; empty if no final model has been made, or it is damaged."""
     try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return result if isinstance(result, dict) else {}
@@ -256,7 +257,7 @@ def _whereabouts(folder: Path, config: Config) -> str:
         [
             f"Report:       {page if page.is_file() else 'none yet'}",
             f"Model:        {folder / 'best.ckpt'}",
-            f"All figures:  {folder / 'result.json'}",
+            f"All figures:  {folder / RESULT}",
             f"Every trial:  {folder / 'history.csv'}",
             "Read the report, classify images, export the model:",
             *(f"  {shlex.join(['python', '-m', *words])}" for words in commands),

@@ -30,6 +30,7 @@ from gatl.trust import read_yaml, whole
 
 JOURNAL = "study.journal"
 HISTORY = "history.csv"
+RESULT = "result.json"
 OUTCOME = "outcome"  # the trial's user attribute
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 FITS = "fits"  # in a trial's outcome

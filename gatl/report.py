@@ -33,7 +33,7 @@ from gatl.cli import folder_named, help_requested, one_line_errors
 from gatl.errors import UserError, printable
 from gatl.files import write_whole
 from gatl.progress import format_count, format_duration, format_loss, new_console
-from gatl.record import resume_command
+from gatl.record import RESULT, resume_command
 from gatl.run_folder import (
     MAX_CLASSES,
     RunFolder,
@@ -58,7 +58,6 @@ N_heat.png is the same with its heat map, where there is one.
 """
 SAMPLE_IMAGES = "samples"
 """Folder in ``final/`` of small training images: N.png is one of class N."""
-RESULT = "result.json"
 HELP = """\
 gatl.report makes report.html in a run folder: what the search found and how
 good it is, with charts, in one page that opens offline. A run keeps it up to

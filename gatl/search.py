@@ -19,7 +19,7 @@ from gatl.chromosome import Chromosome, Value
 from gatl.config import Config
 from gatl.cost import Cost, expected_costs, generation_seconds
 from gatl.errors import UserError
-from gatl.evaluation import CHECKPOINT, Evaluator, Fit, fit_seed
+from gatl.evaluation import RUNG, Evaluator, Fit, fit_seed
 from gatl.halving import survivors
 from gatl.loggers import Curve
 from gatl.outcome import Outcome
@@ -340,7 +340,7 @@ class Search:
     def _learn(self, trial: FrozenTrial) -> None:
         """Remember a result that counts for equal chromosomes; its fit will not go on."""
         if self._config.rungs:
-            (self._fit_folder(trial.number) / CHECKPOINT).unlink(missing_ok=True)
+            (self._fit_folder(trial.number) / RUNG).unlink(missing_ok=True)
         self._n_ended += 1
         self._n_fitted += outcome_of(trial).reused_from is None
         chromosome = self._space.from_dict(trial.params)

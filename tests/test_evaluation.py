@@ -230,7 +230,7 @@ def torn(content: bytes) -> list[bytes]:
 
 def test_from_a_torn_checkpoint_a_fit_begins_anew(fitter, tmp_path):
     expected = fitter(fit(tmp_path / "whole", epochs=3))
-    checkpoint = tmp_path / "fit" / evaluation.CHECKPOINT
+    checkpoint = tmp_path / "fit" / evaluation.RUNG
     fitter(dataclasses.replace(fit(tmp_path / "fit", epochs=2), goes_on=True))
     for content in torn(checkpoint.read_bytes()):
         checkpoint.write_bytes(content)
@@ -251,7 +251,7 @@ def test_a_full_disk_is_no_fault_of_a_fit(fitter, tmp_path, goes_on):
             fitter(dataclasses.replace(fit(tmp_path / "fit"), goes_on=goes_on))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    named = tmp_path / "fit" / (evaluation.CHECKPOINT if goes_on else "")
+    named = tmp_path / "fit" / (evaluation.RUNG if goes_on else "")
     assert raised.value.filename == str(named)
     assert not (tmp_path / "fit" / "error.txt").exists()
 

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from gatl.cli import compose
 from gatl.config import checked
 from gatl.errors import UserError
-from gatl.evaluation import CHECKPOINT, Fit, fit_seed
+from gatl.evaluation import RUNG, Fit, fit_seed
 from gatl.outcome import Outcome
 from gatl.record import open_study, outcome_of, seconds_of
 from gatl.search import Ending, Search
@@ -848,7 +848,7 @@ def test_fits_leave_a_checkpoint_where_they_may_go_on_and_it_is_gone_in_the_end(
 
     def evaluate(fit):
         asked.append((int(fit.folder.name), fit.epochs, fit.goes_on))
-        checkpoint = fit.folder / CHECKPOINT
+        checkpoint = fit.folder / RUNG
         assert checkpoint.exists() == (fit.epochs > 1)
         fit.folder.mkdir(parents=True, exist_ok=True)
         checkpoint.touch()
@@ -859,7 +859,7 @@ def test_fits_leave_a_checkpoint_where_they_may_go_on_and_it_is_gone_in_the_end(
         ran = [ask[1:] for ask in asked if ask[0] == int(row["number"])]
         ends = [(1, True), (3, True), (9, False)]
         assert ran == ends[: 1 + [1, 3, 9].index(int(row["epochs"]))]
-    assert not list((tmp_path / "run").rglob(CHECKPOINT))
+    assert not list((tmp_path / "run").rglob(RUNG))
 
 
 @pytest.mark.parametrize("overrides", HALVED, ids=["wide", "narrow"])
