@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -642,6 +643,24 @@ def test_what_is_offered(tmp_path, monkeypatch, capsys, line, offered):
         ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert (done.stdout, done.stderr) == (f"{offered}\n", "")
+
+
+def test_completion_runs_nothing_that_a_files_name_says(monkeypatch, tmp_path, capsys):
+    (tmp_path / "$(touch${IFS}ran)").touch()
+    (tmp_path / "b;c").touch()
+    monkeypatch.setattr(sys, "argv", ["gatl", "-sc", "install=bash"])
+    __main__.main()
+    line = "python -m gatl data.root=./"
+    script = capsys.readouterr().out + (
+        f"COMP_LINE={line!r} COMP_POINT={len(line)}; _gatl {sys.executable}; "
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert not (tmp_path / "ran").exists()
+    offered = {shlex.split(word)[0] for word in done.stdout.splitlines()}
+    assert offered == {"./$(touch${IFS}ran)", "./b;c"}  # as words of the shell
 
 
 @pytest.mark.parametrize("words", [[], ["install=fish"], ["query=bash"], ["install=bash", "a=b"]])
