@@ -1,6 +1,7 @@
 """Loggers: what they write, read back; that nothing stands there twice; what they refuse."""
 
 import csv
+import errno
 import math
 import multiprocessing
 import struct
@@ -73,6 +74,32 @@ def test_before_a_trial_is_complete_there_is_nothing_to_log(tmp_path):
     curve.update([trials()[1]])
     curve.close()
     assert not list(tmp_path.rglob("metrics.csv"))
+
+
+@pytest.mark.parametrize("failing", ["log_metrics", "save", "finalize"])
+def test_a_logger_that_fails_costs_the_curve_alone(tmp_path, monkeypatch, failing):
+    def fail(*args):
+        raise ConnectionError("no\nroute")
+
+    told = []
+    curve = Curve(configured(), tmp_path, lambda number: None, told.append)
+    curve.update(trials()[:1])
+    monkeypatch.setattr(curve._logger, failing, fail)
+    for n in (2, 3):
+        curve.update(trials()[:n] if failing != "finalize" else trials()[:1])
+    curve.close()
+    (line,) = told
+    assert "the search's curve ends here: ConnectionError: no route. " in line
+
+
+def test_a_full_disk_is_no_failure_of_the_logger(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    curve = Curve(configured(), tmp_path, lambda number: None)
+    monkeypatch.setattr(curve._logger, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        curve.update(trials()[:1])
 
 
 def scalars(folder):
