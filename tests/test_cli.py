@@ -673,6 +673,13 @@ def test_other_shells_are_told(monkeypatch, words):
 # Groups of a user's own
 
 
+@pytest.mark.parametrize("name", ['14" prints', "a\\", '\\"\\\\"', "a, [b]", "${seed}", "it's a=b"])
+def test_a_folder_of_ones_own_choices_may_have_any_name(tmp_path, name):
+    (tmp_path / name / "ga").mkdir(parents=True)
+    (tmp_path / name / "ga" / "tiny.yaml").write_text("defaults: [default]\npop: 3\n")
+    assert compose([*own_groups(str(tmp_path / name)), "ga=tiny"]).ga["pop"] == 3
+
+
 def test_a_folder_of_ones_own_choices(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "my conf"
     (folder / "ga").mkdir(parents=True)
