@@ -1,6 +1,7 @@
 """``python -m gatl``: compose the configuration, search, retrain the winner, test it."""
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -86,7 +87,8 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
                 config.model.n_layers,
                 session.strategy.generation,
             )
-            curve = Curve(config, folder, session.strategy.generation)
+            tell = functools.partial(console.print, soft_wrap=True)
+            curve = Curve(config, folder, session.strategy.generation, tell)
             with view, contextlib.closing(curve):
                 search = Search(
                     config,

@@ -141,7 +141,9 @@ def own_groups(config_dir: str | None) -> list[str]:
     folder = Path(config_dir).absolute()
     if not folder.is_dir():
         raise UserError(f"--config-dir={folder} is no folder.")
-    return [f'hydra.searchpath=["file://{folder}"]']
+    # In Hydra's grammar a backslash means itself, unless a quote follows.
+    path = re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', r"\""), str(folder))
+    return [f'hydra.searchpath=["file://{path}"]']
 
 
 def resolve_if(asked: bool, composed: DictConfig) -> None:

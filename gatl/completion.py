@@ -10,17 +10,24 @@ from collections.abc import Sequence
 from gatl.errors import UserError
 
 BASH = r"""_gatl() {
-    local line=${COMP_LINE:0:COMP_POINT} word choices
+    local line=${COMP_LINE:0:COMP_POINT} word before="" choice choices
     local call='^[[:blank:]]*[^[:blank:]]+[[:blank:]]+-m[[:blank:]]+gatl[[:blank:]](.*)$'
     if [[ ! $line =~ $call ]]; then
         return  # another module, or a file: completed as files are
     fi
-    choices=$(COMP_LINE="gatl ${BASH_REMATCH[1]}" "$1" -m gatl -sc query=bash 2> /dev/null)
+    IFS=$' \t\n' read -r -d '' -a choices < <(
+        COMP_LINE="gatl ${BASH_REMATCH[1]}" "$1" -m gatl -sc query=bash 2> /dev/null
+    )
     word=${line##*[[:blank:]]}
-    COMPREPLY=($(compgen -W "$choices" -- "$word"))
     if [[ $word == *=* && $COMP_WORDBREAKS == *=* ]]; then  # to bash, a word begins behind the =
-        COMPREPLY=("${COMPREPLY[@]#"${word%=*}="}")
+        before="${word%=*}="
     fi
+    COMPREPLY=()
+    for choice in "${choices[@]}"; do  # no compgen -W, which runs what a file's name says
+        if [[ $choice == "$word"* ]]; then
+            COMPREPLY+=("$(printf %q "${choice#"$before"}")")
+        fi
+    done
 }
 complete -o nospace -o default -F _gatl python python3
 """

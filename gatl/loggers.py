@@ -4,11 +4,12 @@ A logger begins anew whenever its folder is opened: what there is to log is know
 or from a checkpoint, and is logged again. So nothing is there twice, however often a run goes on.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer, loggers
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from optuna.trial import FrozenTrial, TrialState
 
 from gatl.classifier import Classifier
 from gatl.config import Config
 from gatl.errors import UserError
+from gatl.files import is_unwritable
 from gatl.outcome import fitness
 from gatl.ranking import incumbent
 from gatl.record import JOURNAL
@@ -60,14 +63,17 @@ def require_logger(config: Config, folder: Path) -> Logger:
         extra = _EXTRAS.get(config.logger["_target_"].rpartition(".")[2])
         missing = isinstance(error, ModuleNotFoundError) and extra is not None
         hint = f" (logger={extra} needs pip install 'gatl[{extra}]')" if missing else ""
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"The logger cannot be made{hint}: {message}") from error
+        raise UserError(f"The logger cannot be made{hint}: {_in_one_line(error)}") from error
     there = logger.log_dir  # None: it writes no files
     if there is not None and not Path(there).resolve().is_relative_to(folder.resolve()):
         raise UserError(
             f"The logger would write into {there}, not into {folder}: give it no other folder."
         )
     return logger
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class WandbLogger(loggers.WandbLogger):
@@ -181,14 +187,19 @@ class Curve:
         config: The run's configuration.
         folder: The run folder.
         generation: From a trial's number to its generation, if there are any.
+        tell: Is told why the curve ends before the search does: the logger failed.
     """
 
     def __init__(
-        self, config: Config, folder: Path, generation: Callable[[int], int | None]
+        self,
+        config: Config,
+        folder: Path,
+        generation: Callable[[int], int | None],
+        tell: Callable[[str], object] = lambda words: None,
     ) -> None:
         shutil.rmtree(folder / CURVE, ignore_errors=True)
-        self._logger = build_logger(config, folder / CURVE)
-        self._generation = generation
+        self._logger: Logger | None = build_logger(config, folder / CURVE)
+        self._generation, self._tell = generation, tell
         self._n_logged = 0
         self._best: FrozenTrial | None = None
         self._losses: list[float] = []  # of the generation that has not ended
@@ -198,17 +209,39 @@ class Curve:
 
         Args:
             trials: By number, from 0; all of them have ended.
+
+        Raises:
+            OSError: If the disk is full.
         """
-        for trial in trials[self._n_logged :]:
-            if point := self._point(trial):
-                self._logger.log_metrics(point, trial.number + 1)
-        if len(trials) > self._n_logged:
-            self._logger.save()
-        self._n_logged = len(trials)
+        with self._going_on() as logger:
+            for trial in trials[self._n_logged :]:
+                if point := self._point(trial):
+                    logger.log_metrics(point, trial.number + 1)
+            if len(trials) > self._n_logged:
+                logger.save()
+            self._n_logged = len(trials)
 
     def close(self) -> None:
         """Write what has not been written."""
-        self._logger.finalize("success")
+        with self._going_on() as logger:
+            logger.finalize("success")
+
+    @contextlib.contextmanager
+    def _going_on(self) -> Iterator[Logger]:
+        """Let a logger that fails cost the curve alone: the search is worth more."""
+        if self._logger is None:
+            yield DummyLogger()
+            return
+        try:
+            yield self._logger
+        except Exception as error:  # a logger may raise anything
+            if is_unwritable(error):
+                raise
+            self._logger = None
+            self._tell(
+                f"The logger failed, so the search's curve ends here: {_in_one_line(error)}. "
+                "It is whole again once the run is resumed."
+            )
 
     def _point(self, trial: FrozenTrial) -> dict[str, float]:
         """Return what there is to log of a trial."""

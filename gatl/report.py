@@ -646,6 +646,9 @@ def _answers(
 ) -> list[tuple[list[str], str]]:
     """Return the pictures that there are of some answers, each with its heat map, and words."""
     shown = []
+    with contextlib.suppress(OSError):
+        kept = {path.name for path in (folder.path / "final" / EXAMPLES).iterdir()}
+        answers = [answer for answer in answers if f"{answer[2]}.png" in kept]
     for probability, row, index in answers:
         names = (f"final/{EXAMPLES}/{index}{end}.png" for end in ("", "_heat"))
         pictures = [picture for name in names if (picture := folder.picture(name)) is not None]

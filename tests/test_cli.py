@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -644,6 +645,24 @@ def test_what_is_offered(tmp_path, monkeypatch, capsys, line, offered):
     assert (done.stdout, done.stderr) == (f"{offered}\n", "")
 
 
+def test_completion_runs_nothing_that_a_files_name_says(monkeypatch, tmp_path, capsys):
+    (tmp_path / "$(touch${IFS}ran)").touch()
+    (tmp_path / "b;c").touch()
+    monkeypatch.setattr(sys, "argv", ["gatl", "-sc", "install=bash"])
+    __main__.main()
+    line = "python -m gatl data.root=./"
+    script = capsys.readouterr().out + (
+        f"COMP_LINE={line!r} COMP_POINT={len(line)}; _gatl {sys.executable}; "
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert not (tmp_path / "ran").exists()
+    offered = {shlex.split(word)[0] for word in done.stdout.splitlines()}
+    assert offered == {"./$(touch${IFS}ran)", "./b;c"}  # as words of the shell
+
+
 @pytest.mark.parametrize("words", [[], ["install=fish"], ["query=bash"], ["install=bash", "a=b"]])
 def test_other_shells_are_told(monkeypatch, words):
     monkeypatch.delenv("COMP_LINE", raising=False)
@@ -652,6 +671,13 @@ def test_other_shells_are_told(monkeypatch, words):
 
 
 # Groups of a user's own
+
+
+@pytest.mark.parametrize("name", ['14" prints', "a\\", '\\"\\\\"', "a, [b]", "${seed}", "it's a=b"])
+def test_a_folder_of_ones_own_choices_may_have_any_name(tmp_path, name):
+    (tmp_path / name / "ga").mkdir(parents=True)
+    (tmp_path / name / "ga" / "tiny.yaml").write_text("defaults: [default]\npop: 3\n")
+    assert compose([*own_groups(str(tmp_path / name)), "ga=tiny"]).ga["pop"] == 3
 
 
 def test_a_folder_of_ones_own_choices(monkeypatch, tmp_path, capsys):

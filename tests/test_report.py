@@ -295,6 +295,17 @@ def test_without_mistakes_right_answers_are_shown(run):
     assert "Right answers" in page.sections
 
 
+def test_many_answers_without_a_picture_cost_no_look_at_each(run, monkeypatch):
+    looked = []
+    picture = RunFolder.picture
+    monkeypatch.setattr(
+        RunFolder, "picture", lambda self, name: looked.append(name) or picture(self, name)
+    )
+    write_csv(run / "final" / "predictions.csv", PREDICTIONS + PREDICTIONS[2:3] * 1000)
+    assert len(read(run).images) == 5
+    assert len(looked) < 100
+
+
 def test_what_is_no_small_png_is_not_embedded(run):
     examples = run / "final" / "examples"
     (examples / "0.png").write_bytes(b"<svg onload='alert(1)'/>")
