@@ -166,18 +166,13 @@ def _ahead(config: Config, n_images: int, n_workers: int, strategy: "Strategy") 
 def resume(folder: Path, overrides: Sequence[str], trusted: Collection[str]) -> None:
     """Go on with a run, as `run` does."""
     config = resumed(folder, overrides, trusted)
+    from gatl.final import nothing_left
+    from gatl.progress import new_console
     from gatl.record import held, return_to_start
 
     with held(folder):  # to be refused needs no torch
-        pass
-    from gatl.final import made_before
-    from gatl.progress import new_console
-
-    if (made := made_before(folder, config, config.n_trials)) is not None:
-        with held(folder):
-            remember(folder, overrides)
-        new_console().print(made, soft_wrap=True)
-        return
+        if nothing_left(folder, config, overrides, new_console()):
+            return
     return_to_start(folder)
     run(config, folder, overrides)
 

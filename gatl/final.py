@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 from rich.table import Table
 
 from gatl.chromosome import Value
@@ -40,6 +41,7 @@ from gatl.record import (
     final_command,
     held,
     outcome_of,
+    remove_scratch,
     resume_command,
     return_to_start,
     seconds_of,
@@ -95,7 +97,7 @@ def finish(session: "Session") -> float:
             f"{resume_command(folder, *trust)}, or see the column error of history.csv."
         )
     if (made := made_before(folder, session.config, len(ended))) is not None:
-        _report(session)
+        _report(folder, console)
         console.print(made, soft_wrap=True)
         return best.value
     try:
@@ -155,7 +157,7 @@ def finish(session: "Session") -> float:
     write_whole(folder / "best.ckpt", (fit_folder(session, winner) / "best.ckpt").read_bytes())
     write_whole(folder / MODEL_CARD, describe(result, session.config).encode())
     write_json(folder / RESULT, result)  # with it the model is made
-    _report(session)
+    _report(folder, console)
     for candidate in candidates:  # the logs stay
         for name in ("best.ckpt", "last.ckpt", "training.json"):
             (fit_folder(session, candidate) / name).unlink(missing_ok=True)
@@ -178,6 +180,25 @@ def made_before(folder: Path, config: Config, n_ended: int) -> str | None:
         )
     except (KeyError, TypeError, ValueError):  # damaged
         return None
+
+
+def nothing_left(folder: Path, config: Config, overrides: Sequence[str], console: Console) -> bool:
+    """Say where the final model is, if it is made; whoever calls holds the folder.
+
+    A run that was killed behind its result has left its scratch files, and the page of a run in
+    progress.
+    """
+    if made_before(folder, config, config.n_trials) is None:
+        return False
+    remember(folder, overrides)
+    remove_scratch(folder)
+    page = folder / REPORT
+    if not page.is_file() or page.stat().st_mtime_ns < (folder / RESULT).stat().st_mtime_ns:
+        _report(folder, console)
+    made = made_before(folder, config, config.n_trials)
+    assert made is not None
+    console.print(made, soft_wrap=True)
+    return True
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -232,16 +253,16 @@ def _show(
     console.print(_whereabouts(session.folder, session.config), soft_wrap=True)
 
 
-def _report(session: "Session") -> None:
+def _report(folder: Path, console: Console) -> None:
     """Make the page. The model is made: whatever goes wrong here must not seem to cost it."""
     try:
-        make(session.folder)
+        make(folder)
     except Exception as error:
         if is_unwritable(error):
             raise
         from gatl.evaluation import reason
 
-        session.console.print(f"The report could not be made: {reason(error)}", soft_wrap=True)
+        console.print(f"The report could not be made: {reason(error)}", soft_wrap=True)
 
 
 def _whereabouts(folder: Path, config: Config) -> str:
@@ -291,11 +312,9 @@ def main() -> None:
         if not (folder / JOURNAL).is_file():
             raise UserError(f"{folder} holds no search yet: it has no {JOURNAL}.")
         console = new_console()
-        if (made := made_before(folder, config, config.n_trials)) is not None:
-            console.print(made, soft_wrap=True)
-            return
         with held(folder):  # to be refused needs no torch
-            pass
+            if nothing_left(folder, config, overrides, console):
+                return
         from gatl.session import opened
 
         return_to_start(folder)

@@ -114,7 +114,7 @@ class WandbLogger(loggers.WandbLogger):
                 "logger=wandb finds nobody logged in at W&B: run wandb login, or write files for "
                 "wandb sync with logger.offline=true."
             )
-        del self._wandb_init["anonymous"]  # W&B warns of it
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it
         # Nothing of the machine but what is logged, and no words on the terminal.
         self._wandb_init["settings"] = wandb.Settings(
             silent=True,

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from gatl.trust import read_yaml, whole
 JOURNAL = "study.journal"
 HISTORY = "history.csv"
 RESULT = "result.json"
+IMAGES, FEATURES = ".images", ".features"  # while a run lasts
 OUTCOME = "outcome"  # the trial's user attribute
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 FITS = "fits"  # in a trial's outcome
@@ -76,6 +78,12 @@ def way_on(folder: Path, *overrides: str) -> str:
     if not (folder / JOURNAL).exists():
         return "start the run again."
     return f"go on with {resume_command(folder, *overrides)}"
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what a run needs only while it lasts, and leaves if it is killed."""
+    for name in (IMAGES, FEATURES):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def return_to_start(folder: Path) -> None:

@@ -38,7 +38,15 @@ from gatl.loggers import CURVE, require_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
 from gatl.progress import advancing
-from gatl.record import JOURNAL, held, open_study, require_genes
+from gatl.record import (
+    FEATURES,
+    IMAGES,
+    JOURNAL,
+    held,
+    open_study,
+    remove_scratch,
+    require_genes,
+)
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
 from gatl.targets import require_arguments
@@ -106,11 +114,10 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     require_logger(config, folder / CURVE)
     network = _largest_network(config)
     report = load_pretrained(config, network)
-    images, features = folder / ".images", folder / ".features"
+    images, features = folder / IMAGES, folder / FEATURES
     with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
         try:
-            for scratch in (images, features):  # of a run that was killed
-                shutil.rmtree(scratch, ignore_errors=True)
+            remove_scratch(folder)  # of a run that was killed
             source = instantiate(config.data.source)
             images.mkdir()
             with advancing(console, "Decoding images") as progress, writing(images):
@@ -152,8 +159,7 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
                     cut.set()
                     evaluator.close(now=now)
         finally:
-            for scratch in (images, features):
-                shutil.rmtree(scratch, ignore_errors=True)
+            remove_scratch(folder)
 
 
 def _with_features(

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -813,6 +814,28 @@ def test_what_is_made_is_not_made_again(made, data, monkeypatch):
     assert finish(again) == 0.5
     assert "Nothing is left to do" in printed(again)
     assert str(made.folder / "result.json") in printed(again)
+
+
+def test_what_a_kill_behind_the_result_left_is_put_in_order(made, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(made.folder, folder)
+    for name in (".images", ".features"):
+        (folder / name).mkdir()
+        (folder / name / "scratch.npy").touch()
+    page = folder / "report.html"
+    config = checked(compose([*OVERRIDES, "budget.trials=5"]))
+    for left in (lambda: page.unlink(missing_ok=True), lambda: os.utime(page, ns=(0, 0))):
+        left()
+        console = Console(file=io.StringIO())
+        assert final.nothing_left(folder, config, [], console)
+        assert f"Report:       {page}" in console.file.getvalue().replace("\n", "")
+        assert page.stat().st_mtime_ns >= (folder / "result.json").stat().st_mtime_ns
+        assert not list(folder.glob(".[if]*"))
+    before = page.stat().st_mtime_ns
+    assert final.nothing_left(folder, config, [], console)
+    assert page.stat().st_mtime_ns == before
+    more = checked(compose([*OVERRIDES, "budget.trials=6"]))
+    assert not final.nothing_left(folder, more, [], console)
 
 
 def test_more_trials_or_other_settings_make_another_model(made, data, tmp_path, monkeypatch):
