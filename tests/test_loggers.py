@@ -6,9 +6,11 @@ import math
 import multiprocessing
 import struct
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from optuna.trial import TrialState, create_trial
 
 from gatl.cli import compose
@@ -90,6 +92,16 @@ def test_a_logger_that_fails_costs_the_curve_alone(tmp_path, monkeypatch, failin
     curve.close()
     (line,) = told
     assert "the search's curve ends here: ConnectionError: no route. " in line
+
+
+def test_a_logger_that_fails_in_a_fit_fails_it(tmp_path, monkeypatch, data):
+    def fail(*args, **more):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", fail)
+    silence()
+    fitter = Fitter(configured(), data, multiprocessing.get_context("spawn").Event())
+    assert fitter(Fit(GENES, 1, 0, tmp_path / "0")).error == "ConnectionError: no route"
 
 
 def test_a_full_disk_is_no_failure_of_the_logger(tmp_path, monkeypatch):
@@ -251,6 +263,18 @@ def test_wandb_has_a_run_for_each_fit_and_for_the_curve(tmp_path, data, monkeypa
             assert [row["trainer/global_step"] for row in rows if "val_loss" in row] == [2, 5, 8]
     assert len(ids) == 3
     assert not [path for path in folder.rglob("*") if path.is_symlink()]
+
+
+def test_wandb_is_told_no_step_again_that_it_has_of_an_earlier_session(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    rows = []
+    run = SimpleNamespace(resumed=True, summary={"trainer/global_step": 5}, log=rows.append)
+    monkeypatch.setattr("wandb.init", lambda **settings: run)
+    monkeypatch.setattr("wandb.run", None)
+    logger = build_logger(configured("logger=wandb", "logger.offline=true"), tmp_path / "search")
+    for step in (2, 5, 8):
+        logger.log_metrics({"val_loss": 0.5}, step)
+    assert [row["trainer/global_step"] for row in rows] == [8]
 
 
 def test_wandb_without_an_account_is_one_line(tmp_path, monkeypatch):
