@@ -95,7 +95,7 @@ def test_a_logger_that_fails_costs_the_curve_alone(tmp_path, monkeypatch, failin
 
 
 def test_a_logger_that_fails_in_a_fit_fails_it(tmp_path, monkeypatch, data):
-    def fail(*args):
+    def fail(*args, **more):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(CSVLogger, "log_metrics", fail)
