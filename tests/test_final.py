@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from optuna.trial import TrialState
 from PIL import Image
 from rich.console import Console
@@ -823,12 +824,15 @@ def test_what_a_kill_behind_the_result_left_is_put_in_order(made, tmp_path):
         (folder / name).mkdir()
         (folder / name / "scratch.npy").touch()
     page = folder / "report.html"
-    config = checked(compose([*OVERRIDES, "budget.trials=5"]))
+    composed = compose([*OVERRIDES, "budget.trials=5"])
+    config = checked(composed)
+    (folder / ".hydra").mkdir()
+    OmegaConf.save(composed, folder / ".hydra" / "config.yaml")
     for left in (lambda: page.unlink(missing_ok=True), lambda: os.utime(page, ns=(0, 0))):
         left()
         console = Console(file=io.StringIO())
         assert final.nothing_left(folder, config, [], console)
-        assert f"Report:       {page}" in console.file.getvalue().replace("\n", "")
+        assert f"Report:       {page}" in console.file.getvalue()
         assert page.stat().st_mtime_ns >= (folder / "result.json").stat().st_mtime_ns
         assert not list(folder.glob(".[if]*"))
     before = page.stat().st_mtime_ns
@@ -897,8 +901,6 @@ def test_the_command_refuses_a_folder_without_a_search(monkeypatch, capsys, tmp_
     (tmp_path / ".hydra").mkdir()
     source = Path(__file__).parent
     monkeypatch.chdir(source)
-    from omegaconf import OmegaConf
-
     OmegaConf.save(compose(OVERRIDES), tmp_path / ".hydra" / "config.yaml")
     monkeypatch.setattr(sys, "argv", ["gatl.final", f"run={tmp_path}"])
     with pytest.raises(SystemExit):
