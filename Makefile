@@ -43,6 +43,7 @@ clean: ## Remove the environment, caches and builds; run folders stay
 
 # Installed anew when pyproject.toml changes; the source itself is installed editable.
 $(READY): pyproject.toml
+	@echo 'Setting up .venv: some minutes, most of them for PyTorch ...'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev,tensorboard,wandb]'
 	@touch $@

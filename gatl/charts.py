@@ -65,7 +65,7 @@ def _rounded(value: float) -> float:
 
 def _axis(title: str, log: bool = False, **more: object) -> dict[str, Any]:
     logarithmic = {"type": "log", "exponentformat": "power", "dtick": 1} if log else {}
-    return {"title": {"text": title}, "automargin": True, **logarithmic, **more}
+    return {"title": {"text": title, "standoff": 12}, "automargin": True, **logarithmic, **more}
 
 
 def _figure(
@@ -387,7 +387,9 @@ def workers(trials: Sequence[Trial]) -> Figure:
     }
     y = {"automargin": True, "dtick": 1, "autorange": "reversed"}
     n = max(rows, default=0) + 1
-    return _figure([bar], _axis("seconds of the search"), y, height=min(110 + 32 * n, 700))
+    return _figure(
+        [bar], _axis("seconds of the search", rangemode="tozero"), y, height=min(110 + 32 * n, 700)
+    )
 
 
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:

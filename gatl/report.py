@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import shlex
+import statistics
 import sys
 import time
 import warnings
@@ -323,18 +324,25 @@ def improvement(trials: Sequence[Trial], config: object, result: Mapping[str, An
             f"{_lower(loss, plain.val_loss)}.{same}"
         )
     luck = "The search chose by these losses, so the best of them is partly the luckiest."
-    for candidate in list_at(result, "reevaluation"):
-        again = number(at(candidate, "mean"))
-        if again is not None and at(candidate, "trial") == at(result, "best", "trial"):
-            n = len(list_at(candidate, "val_losses"))
-            luck += (
-                f" With {format_count(n, 'fresh seed')} the chromosome that was chosen "
-                f"(trial {whole_number(at(candidate, 'trial'))}) had {format_loss(again)} in the "
-                "mean."
-            )
-            break
+    chosen = _again(result, at(result, "best", "trial"))
+    if chosen is not None:
+        luck += f" With fresh seeds, the chromosome that was chosen had {chosen}"
+        recipe = None if plain is None else _again(result, plain.number)
+        luck += f", the plain recipe {recipe}." if recipe not in (None, chosen) else "."
     lines.append(luck)
     return lines
+
+
+def _again(result: Mapping[str, Any], trial: object) -> str | None:
+    """Write the val_loss of a trial's chromosome with fresh seeds; None if it was not chosen."""
+    for candidate in list_at(result, "reevaluation"):
+        average = number(at(candidate, "mean"))
+        if average is not None and at(candidate, "trial") == trial:
+            losses = [x for x in map(number, list_at(candidate, "val_losses")) if x is not None]
+            sd = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            of = f"{format_count(len(losses), 'seed')}, trial {whole_number(trial)}"
+            return f"{format_loss(average)}{sd} ({of})"
+    return None
 
 
 def _lower(loss: float, than: float) -> str:
@@ -759,7 +767,7 @@ def _way_on(path: Path) -> list[tuple[str, str]]:
 def _commands(path: Path) -> list[tuple[str, str]]:
     run = f"run={path}"
     return [
-        ("go on, for example with a larger budget", printable(resume_command(path))),
+        ("go on with a larger budget", printable(resume_command(path, "budget.trials=N"))),
         ("classify new images", _command("gatl.predict", run, "images=PHOTOS")),
         ("export the model as ONNX", _command("gatl.export", run, "format=onnx")),
         ("compare with other runs", _command("gatl.compare", f"runs={path.parent}")),

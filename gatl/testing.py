@@ -113,7 +113,7 @@ def _write_heat_maps(session: Session, classifier: Classifier, answers: Mapping[
             pixels = to_dtype(images.batch(np.array([row])), torch.float32, scale=True)
             image = normalize(pixels, list(model.mean), list(model.std))[0]
             heat = heat_map(classifier.network, image, answer)
-            if heat is not None:
+            if heat is not None and heat.any():  # something spoke for the answer
                 small = Image.open(folder / f"{row}.png")
                 _write_png(folder / f"{row}_heat.png", overlay(small, heat))
     except Exception as error:

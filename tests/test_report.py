@@ -76,7 +76,10 @@ RESULT = {
     },
     "tests": 1,
     "final": {"epochs": 7, "best_epoch": 5},
-    "reevaluation": [{"trial": 3, "val_losses": [0.45, 0.55], "mean": 0.5}],
+    "reevaluation": [
+        {"trial": 3, "val_losses": [0.45, 0.55], "mean": 0.5},
+        {"trial": 0, "val_losses": [0.7, 0.72], "mean": 0.71},
+    ],
     "trials": 6,
     "evaluations": 5,
     "seconds": 7300.0,
@@ -207,7 +210,8 @@ def test_the_summary_says_what_was_found_and_how_good_it_is(run):
         "completed, 0.8000 (the best is 50% lower)",
         "The plain recipe (all layers, nothing frozen, learning rate 0.001) had 1.0000 "
         "(the best is 60% lower).",
-        "With 2 fresh seeds the chromosome that was chosen (trial 3) had 0.5000 in the mean.",
+        "With fresh seeds, the chromosome that was chosen had 0.5000 ± 0.0707 (2 seeds, trial 3), "
+        "the plain recipe 0.7100 ± 0.0141 (2 seeds, trial 0).",
         "12 frozen",
         "18 trained",
         "28 left out",
