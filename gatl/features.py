@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 import lightning
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -164,6 +166,19 @@ def _try_lock(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def share_of(folder: Path, max_gb: float | None) -> int:
+    """Return what the boundary tensors may take in a folder, in bytes.
+
+    Args:
+        folder: It exists.
+        max_gb: ``cache.max_gb``; None: a quarter of the free disk, or of the free memory if that is
+            less, since what is mapped lies there too as long as nothing else needs it.
+    """
+    if max_gb is not None:
+        return int(max_gb * 10**9)
+    return int(min(shutil.disk_usage(folder).free, psutil.virtual_memory().available) // 4)
 
 
 def _size(path: Path) -> int:

@@ -26,7 +26,7 @@ from gatl.errors import UserError
 from gatl.files import is_unwritable
 from gatl.outcome import fitness
 from gatl.ranking import incumbent
-from gatl.record import JOURNAL
+from gatl.record import identity, run_folder_of
 
 CURVE = "search"
 """The folder of the search's own curve, in the run folder."""
@@ -96,12 +96,12 @@ class WandbLogger(loggers.WandbLogger):
         self, save_dir: str, name: str, version: str, project: str = "gatl", offline: bool = False
     ) -> None:
         self._folder = folder = Path(save_dir, version)
-        run = next((p for p in folder.parents if (p / JOURNAL).is_file()), folder.parent)
+        run = run_folder_of(folder)
         place = folder.relative_to(run).as_posix()
         super().__init__(
             name=place,
             save_dir=folder,
-            version=hashlib.sha256(f"{_identity(run)} {place}".encode()).hexdigest()[:16],
+            version=hashlib.sha256(f"{identity(run)} {place}".encode()).hexdigest()[:16],
             offline=offline,
             project=project,
             group=run.resolve().name,
@@ -151,15 +151,6 @@ class WandbLogger(loggers.WandbLogger):
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(status != "success"))
             self._experiment = None
-
-
-def _identity(run: Path) -> str:
-    """Return what no other run has: its record's first line, which names the process."""
-    journal = run / JOURNAL
-    if not journal.is_file():
-        return str(run.resolve())
-    with journal.open(encoding="utf-8", errors="replace") as file:
-        return file.readline()
 
 
 class Result(Callback):

@@ -63,6 +63,20 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def run_folder_of(folder: Path) -> Path:
+    """Return the run folder in which a fit's folder lies."""
+    return next((p for p in folder.parents if (p / JOURNAL).is_file()), folder.parent)
+
+
+def identity(run: Path) -> str:
+    """Return what no other run has: its record's first line, which names the process."""
+    journal = run / JOURNAL
+    if not journal.is_file():
+        return str(run.resolve())
+    with journal.open(encoding="utf-8", errors="replace") as file:
+        return file.readline()
+
+
 def resume_command(folder: Path, *overrides: str) -> str:
     """Return what a user types to go on with a run."""
     return shlex.join(["python", "-m", "gatl", f"resume={folder}", *overrides])

@@ -252,7 +252,7 @@ def _retrain(
             f"Retraining the winner ({format_genes(genes)}) for up to "
             f"{format_count(config.final.max_epochs, 'epoch')}{done} ..."
         )
-        stopper = StopOnRequest(session.stop)  # type: ignore[arg-type]  # it needs is_set alone
+        stopper = StopOnRequest(session.stop)
         callbacks: list[Callback] = [
             SeededEpochs(seed),
             stopper,

@@ -5,7 +5,6 @@ import functools
 import importlib
 import inspect
 import multiprocessing
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 
 import optuna
-import psutil
 import torch
 from hydra.utils import instantiate
 from rich.console import Console
@@ -32,7 +30,7 @@ from gatl.evaluation import (
     resolve_precision,
     silence,
 )
-from gatl.features import is_shared, why_off
+from gatl.features import is_shared, share_of, why_off
 from gatl.files import sync, writing
 from gatl.loggers import CURVE, require_logger
 from gatl.models.layered import LayeredNetwork
@@ -180,9 +178,7 @@ def _with_features(
     if report is not None and not is_shared(network, report):
         console.print("Feature cache: off for fits that freeze layers which start random (new SE)")
     folder.mkdir()
-    # What is mapped lies in memory too, as long as nothing else needs it.
-    free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
-    share = free // 4 if config.cache.max_gb is None else int(config.cache.max_gb * 10**9)
+    share = share_of(folder, config.cache.max_gb)
     return replace(data, features=folder.resolve(), features_bytes=share)
 
 
@@ -196,6 +192,8 @@ def _evaluator_class(config: Config) -> Callable[..., Evaluator]:
     try:
         found = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind(config, None, None, **settings)
+    except UserError:
+        raise
     except Exception as error:  # an import may raise anything
         raise UserError(f"evaluator._target_={target} cannot be used: {reason(error)}") from error
     return functools.partial(found, **settings)

@@ -37,6 +37,21 @@ _CHUNK = 256
 """Images between two calls of the progress function."""
 
 
+class Loaded:
+    """Images of one size in memory, (N, S, S, 3) uint8."""
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.array)
+
+    def batch(self, indices: npt.NDArray[np.integer]) -> "torch.Tensor":
+        """Gather images, as `Decoded.batch` does."""
+        return _channels_last(np.take(self.array, indices, axis=0))
+
+
 class Decoded:
     """Images of one size in a ``.npy`` file, mapped when first read; pickles as its path."""
 
@@ -74,7 +89,7 @@ class Decoded:
 class Streamed:
     """Images that are decoded anew for each batch, in threads."""
 
-    images: Sequence[ImageLike] | Decoded
+    images: Sequence[ImageLike] | Decoded | Loaded
     size: int
     interpolation: str = "bicubic"
 
@@ -94,7 +109,7 @@ class Streamed:
         Raises:
             UndecodableImage: If a file was damaged or removed after the run began.
         """
-        images = self.images.array if isinstance(self.images, Decoded) else self.images
+        images = self.images.array if isinstance(self.images, Decoded | Loaded) else self.images
         # A pool a batch costs little beside the decoding, and none has to survive a fork.
         decode = partial(to_rgb, size=self.size, interpolation=self.interpolation)
         with ThreadPoolExecutor(_n_threads()) as pool:
