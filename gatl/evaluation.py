@@ -485,7 +485,11 @@ def free_memory() -> None:
 
 
 class Evaluator(Protocol):
-    """Runs fits somewhere. The driver submits at most `n_free` and waits for any."""
+    """Runs fits somewhere. The driver submits at most `n_free` and waits for any.
+
+    A class may have a static method `require`, which takes the configuration and what else stands
+    in its YAML: it raises what can be known before images are decoded.
+    """
 
     @property
     def n_workers(self) -> int:

@@ -32,6 +32,8 @@ from gatl.models.weight_files import CARD_KEY, read_weights
 from gatl.outcome import Outcome
 from gatl.record import identity, run_folder_of
 
+# Ray reads it once, and would write what it knows of a lost node, a page of it, into the progress.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 try:
     import ray
 except ModuleNotFoundError as error:
@@ -52,6 +54,8 @@ MOMENT = 1.0
 """Seconds until a node that was killed counts as dead."""
 POLLS_A_SECOND = 200
 """Questions to workers, at most, how far they are; each is asked once a second at most."""
+_OURS = "gatl"
+"""The namespace of what `connect` connects."""
 
 
 @dataclass
@@ -107,10 +111,11 @@ class RayEvaluator:
         address: str = "local",
         num_gpus: float | None = None,
     ) -> None:
+        if not ray.is_initialized():
+            self.require(config, address, num_gpus)
         self._config, self._stop = config, stop
         gpus = float(uses_cuda(config.trainer)) if num_gpus is None else num_gpus
         self._needs = {"CPU": config.evaluator.threads, "GPU": gpus}
-        self._ours = connect(address, config)
         self._idle: list[Actor] = []
         self._starting: dict[Future, Actor] = {}
         self._running: dict[Future, _Running] = {}
@@ -142,6 +147,28 @@ class RayEvaluator:
         except BaseException:
             self.close(now=True)
             raise
+
+    @staticmethod
+    def require(config: Config, address: str = "local", num_gpus: float | None = None) -> None:
+        """Connect to the cluster, before there is anything to be evaluated.
+
+        Args:
+            config: See `RayEvaluator`, as the others.
+            address: Likewise.
+            num_gpus: Likewise.
+
+        Raises:
+            UserError: If there is no such cluster, or a setting is wrong.
+        """
+        if not isinstance(address, str) or not address:
+            raise UserError(f"evaluator.address must be local, auto or an address, not {address}.")
+        number = num_gpus is None or type(num_gpus) in (int, float)
+        if not number or not (num_gpus is None or 0 <= num_gpus <= 1 or num_gpus in range(1000)):
+            raise UserError(
+                "evaluator.num_gpus must be a share in [0, 1], a whole number or null, but got "
+                f"{num_gpus}."
+            )
+        connect(address, config)
 
     @property
     def n_workers(self) -> int:
@@ -209,7 +236,7 @@ class RayEvaluator:
             ray.kill(actor.handle)
         self._idle, self._starting, self._running, self._again = [], {}, {}, []
         self._asked, self._arguments = {}, ()  # so the object store lets go of the images
-        if self._ours:
+        if _is_ours():
             ray.shutdown()
 
     def _take(self, timeout: float) -> list[tuple[int, Outcome]]:
@@ -238,7 +265,10 @@ class RayEvaluator:
             raise error.cause from error
         except RayError as error:
             if actor.attempts + 1 >= ATTEMPTS:
-                raise UserError(f"No worker of Ray's can start: {_last_line(error)}") from error
+                raise UserError(
+                    f"No worker of Ray's can start ({_last_line(error)}): has each node this "
+                    "version of gatl?"
+                ) from error
             self._start(actor.attempts + 1)
             return
         for name, ours in self._made_with.items():
@@ -345,17 +375,15 @@ class RayEvaluator:
         return f"which takes {_said(self._needs)}"
 
 
-def connect(address: str, config: Config) -> bool:
-    """Connect this process to a Ray cluster, unless it is connected.
-
-    Returns:
-        Whether it was not.
+def connect(address: str, config: Config) -> None:
+    """Connect this process to a Ray cluster, unless somebody else has connected it.
 
     Raises:
         UserError: If that cannot be done.
     """
-    if ray.is_initialized():
-        return False
+    if ray.is_initialized() and not _is_ours():
+        return
+    ray.shutdown()  # of a job that failed
     local: dict[str, Any] = {}
     if address == "local":
         count = config.evaluator.workers
@@ -365,14 +393,24 @@ def connect(address: str, config: Config) -> bool:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, log_to_driver=False, configure_logging=False, **local)
+        ray.init(
+            address, namespace=_OURS, log_to_driver=False, configure_logging=False, **local
+        )
     except Exception as error:  # Ray raises many kinds
+        if address == "local":
+            raise UserError(
+                f"evaluator=ray: Ray cannot be started on this machine ({_last_line(error)})."
+            ) from error
         raise UserError(
             f"evaluator.address={address} cannot be reached ({_last_line(error)}): start a Ray "
             "cluster there (ray start --head), or give evaluator.address=local."
         ) from error
     signal.signal(signal.SIGTERM, before)  # Ray has one of its own
-    return True
+
+
+def _is_ours() -> bool:
+    """Whether `connect` has connected this process."""
+    return bool(ray.is_initialized() and ray.get_runtime_context().namespace == _OURS)
 
 
 def portable(data: PreparedData) -> PreparedData:

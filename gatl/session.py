@@ -192,6 +192,8 @@ def _evaluator_class(config: Config) -> Callable[..., Evaluator]:
     try:
         found = getattr(importlib.import_module(module), name)
         inspect.signature(found).bind(config, None, None, **settings)
+        if hasattr(found, "require"):
+            found.require(config, **settings)
     except UserError:
         raise
     except Exception as error:  # an import may raise anything

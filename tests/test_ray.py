@@ -1,0 +1,248 @@
+"""Fits on a Ray cluster are those of the local evaluator, whatever becomes of its nodes."""
+
+import contextlib
+import csv
+import dataclasses
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from gatl.cli import compose
+from gatl.config import Config, checked
+from gatl.data.images import Decoded, PreparedData, Streamed, prepare
+from gatl.data.source import Source, Split, in_memory
+from gatl.errors import UserError
+from gatl.evaluation import RUNG, Fit, Fitter, load_pretrained, silence
+from gatl.models.weight_files import read_weights
+from gatl.ray_evaluator import RayEvaluator, packed_weights, portable, room, unpack
+from gatl.ray_worker import hold, remove_abandoned
+from gatl.session import opened
+
+LENET = ("model=lenet5", "data.image_size=32", "data.batch_size=8", "trainer.accelerator=cpu")
+GENES = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 1e-3, "dropout": 0.3}
+FOREVER = 10**6
+PATIENCE = 120.0
+"""Seconds until a test gives up."""
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_worker() -> Iterator[None]:
+    silence()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def configure(*overrides: str) -> Config:
+    return checked(compose([*LENET, "evaluator=ray", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    def split(n: int, seed: int) -> Split:
+        rng = np.random.default_rng(seed)
+        return in_memory(
+            rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 2, str(seed)
+        )
+
+    source = Source(("a", "b"), split(24, 0), split(10, 1), split(4, 2))
+    folder = tmp_path_factory.mktemp("images")
+    return prepare(source, image_size=32, split_seed=0, max_bad=0, folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("has", "needs", "count"),
+    [
+        ({"CPU": 8.0}, {"CPU": 3, "GPU": 0.0}, 2),
+        ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 1, "GPU": 1.0}, 2),
+        ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 1, "GPU": 0.4}, 4),  # no share spans two devices
+        ({"CPU": 8.0, "GPU": 1.0}, {"CPU": 1, "GPU": 0.1}, 8),
+        ({"CPU": 8.0}, {"CPU": 1, "GPU": 1.0}, 0),
+        ({"memory": 8.0}, {"CPU": 1, "GPU": 0.0}, 0),
+    ],
+)
+def test_a_node_has_room_for_whole_workers(has, needs, count):
+    assert room(has, needs) == count
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_gpus": -1},
+        {"num_gpus": 1.5},
+        {"num_gpus": "many"},
+        {"num_gpus": float("nan")},
+        {"num_gpus": True},
+        {"address": 3},
+        {"address": ""},
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_started(settings):
+    with pytest.raises(UserError, match=r"evaluator\.(num_gpus|address) must be"):
+        RayEvaluator.require(configure(), **settings)
+    assert not ray.is_initialized()
+
+
+def test_images_travel_as_arrays_and_without_the_test_split(data):
+    sent = portable(data)
+    for split in ("train", "val"):
+        before, after = (getattr(each, split) for each in (data, sent))
+        indices = np.arange(len(before))[::-1]
+        assert isinstance(before.images, Decoded)
+        assert not isinstance(after.images, Decoded)
+        assert torch.equal(before.images.batch(indices), after.images.batch(indices))
+        assert after.digest == before.digest
+    assert len(sent.test) == len(sent.test.images) == 0
+
+
+def test_streamed_arrays_travel_and_streamed_files_stay(data, tmp_path):
+    spilled = Streamed(data.train.images, 32)
+    files = Streamed([tmp_path / "1.png"], 32)
+    split = dataclasses.replace(data.train, images=spilled)
+    sent = portable(dataclasses.replace(data, train=split)).train.images
+    assert not isinstance(sent.images, Decoded)
+    assert torch.equal(sent.batch(np.arange(3)), spilled.batch(np.arange(3)))
+    split = dataclasses.replace(data.val, images=files)
+    assert portable(dataclasses.replace(data, val=split)).val.images is files
+
+
+def test_weights_travel_with_their_card(tmp_path):
+    config = checked(compose(["model=se_densenet121_k12"]))
+    path = tmp_path / "sent.safetensors"
+    path.write_bytes(packed_weights(config))
+    before, after = (read_weights(spec, config.model.sources) for spec in ("bundled", str(path)))
+    assert after.card == before.card
+    assert after.tensors.keys() == before.tensors.keys()
+    assert all(torch.equal(after.tensors[name], before.tensors[name]) for name in after.tensors)
+    assert packed_weights(configure("model.weights=none")) == b""
+
+
+def test_the_files_of_a_fit_take_the_place_of_older_ones(tmp_path):
+    folder = tmp_path / "trials" / "3"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "old").write_text("old")
+    (folder / RUNG).write_text("old")
+    unpack(folder, {RUNG: b"new", "a/metrics.csv": b"1,2\n"})
+    assert (folder / RUNG).read_bytes() == b"new"
+    assert (folder / "a" / "metrics.csv").read_bytes() == b"1,2\n"
+    assert not (folder / "deep" / "old").exists()
+
+
+def test_what_a_killed_worker_leaves_on_a_node_is_removed_and_no_more(tmp_path):
+    script = (
+        "import pathlib, sys, time; from gatl.ray_worker import hold; "
+        "hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    held, abandoned, other = (tmp_path / name for name in ("gatl-ray-1", "gatl-ray-2", "mine"))
+    for folder in (abandoned, other):
+        folder.mkdir()
+    worker = subprocess.Popen([sys.executable, "-c", script, held], stdout=subprocess.PIPE)
+    try:
+        assert worker.stdout.readline() == b"held\n"
+        remove_abandoned(tmp_path)
+        assert not abandoned.exists()
+        assert held.exists()
+        assert other.exists()
+        os.close(hold(held))  # several workers share a node's
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+    remove_abandoned(tmp_path)
+    assert not held.exists()
+
+
+@contextlib.contextmanager
+def evaluator_on(
+    config: Config, data: PreparedData, **settings: object
+) -> Iterator[tuple[RayEvaluator, multiprocessing.synchronize.Event]]:
+    stop = multiprocessing.get_context("spawn").Event()
+    evaluator = RayEvaluator(config, data, stop, **settings)
+    try:
+        yield evaluator, stop
+    finally:
+        stop.set()
+        evaluator.close(now=True)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def all_of(evaluator: RayEvaluator, keys: set[int]) -> dict:
+    """Wait for fits; return their outcomes without the durations, which nothing determines."""
+    ended = {}
+    deadline = time.monotonic() + PATIENCE
+    while ended.keys() != keys:
+        assert time.monotonic() < deadline
+        ended |= dict(evaluator.wait(1.0))
+    return {key: dataclasses.replace(outcome, duration_s=0) for key, outcome in ended.items()}
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the nodes of this test keep temporary files; Ray's sockets allow no long path."""
+    with tempfile.TemporaryDirectory(prefix="gatl-nodes-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield Path(folder)
+
+
+def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes):
+    config = configure("evaluator.workers=2")
+    here = Fitter(config, data, multiprocessing.get_context("spawn").Event())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "study.journal").write_text("first\nsecond\n")
+    before = signal.getsignal(signal.SIGTERM)
+    with evaluator_on(config, data) as (evaluator, stop):
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert evaluator.n_workers == 2
+        until(lambda: evaluator.wait(0.1) == [] and evaluator.n_free == 2)
+        # Up to a rung, and from there to the end.
+        for epochs, goes_on in ((1, True), (2, False)):
+            fit = Fit(GENES, epochs, 3, tmp_path / "run" / "trials" / "0", goes_on)
+            evaluator.submit(7, fit)
+            assert evaluator.n_free == 1
+            there = all_of(evaluator, {7})[7]
+            locally = dataclasses.replace(fit, folder=tmp_path / "local" / "trials" / "0")
+            assert there == dataclasses.replace(here(locally), duration_s=0)
+            assert there.epochs == epochs
+            for path in locally.folder.iterdir():
+                if path.name != RUNG or goes_on:
+                    came = fit.folder / path.name
+                    assert came.is_file()
+                    assert path.name == RUNG or came.read_bytes() == path.read_bytes()
+        assert not (fit.folder / RUNG).exists()
+        # One fails, one runs for ever until it is cut off; both workers go on.
+        broken = Fit(GENES | {"learning_rate": "x"}, 1, 3, tmp_path / "run" / "trials" / "1")
+        evaluator.submit(1, broken)
+        evaluator.submit(2, Fit(GENES, FOREVER, 3, tmp_path / "run" / "trials" / "2"))
+        assert "TypeError" in all_of(evaluator, {1})[1].error
+        assert "Traceback" in (broken.folder / "error.txt").read_text()
+        until(lambda: evaluator.wait(0.1) == [] and evaluator.epochs_done(2) > 1)
+        stop.set()
+        assert all_of(evaluator, {2})[2].stopped
+        stop.clear()
+        evaluator.submit(2, Fit(GENES, 1, 3, tmp_path / "run" / "trials" / "2"))
+        assert all_of(evaluator, {2})[2].epochs == 1
+        assert len([*nodes.glob("gatl-ray-*")]) == 1
+        evaluator.close()
+        assert not ray.is_initialized()
+    assert [*nodes.glob("gatl-ray-*")] == []
