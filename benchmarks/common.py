@@ -135,7 +135,9 @@ def evaluated(evaluator: Evaluator, fits: Sequence[Fit]) -> Iterator[tuple[int, 
             yield ended
 
 
-def run_search(config: Config, folder: Path, console: Console) -> list[FrozenTrial]:
+def run_search(
+    config: Config, folder: Path, console: Console, driver: type[Search] = Search
+) -> list[FrozenTrial]:
     """Search as gatl does, without a final model; go on with what the folder holds.
 
     Returns:
@@ -145,7 +147,7 @@ def run_search(config: Config, folder: Path, console: Console) -> list[FrozenTri
     with opened(config, folder, console) as session:
         shown = (config.n_trials, config.trainer.max_epochs, config.model.n_layers)
         with View(console, *shown, session.strategy.generation) as view:
-            Search(
+            driver(
                 *(config, session.study, session.strategy, session.evaluator, folder, view),
                 *(session.stop, session.cut),
             ).run()

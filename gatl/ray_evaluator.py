@@ -14,6 +14,7 @@ import os
 import secrets
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
@@ -393,9 +394,10 @@ def connect(address: str, config: Config) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address, namespace=_OURS, log_to_driver=False, configure_logging=False, **local
-        )
+        with warnings.catch_warnings(action="ignore"):  # its error says the same
+            ray.init(
+                address, namespace=_OURS, log_to_driver=False, configure_logging=False, **local
+            )
     except Exception as error:  # Ray raises many kinds
         if address == "local":
             raise UserError(

@@ -25,11 +25,10 @@ from gatl.config import Config, checked
 from gatl.data.images import Decoded, PreparedData, Streamed, prepare
 from gatl.data.source import Source, Split, in_memory
 from gatl.errors import UserError
-from gatl.evaluation import RUNG, Fit, Fitter, load_pretrained, silence
+from gatl.evaluation import RUNG, Fit, Fitter, silence
 from gatl.models.weight_files import read_weights
 from gatl.ray_evaluator import RayEvaluator, packed_weights, portable, room, unpack
 from gatl.ray_worker import hold, remove_abandoned
-from gatl.session import opened
 
 LENET = ("model=lenet5", "data.image_size=32", "data.batch_size=8", "trainer.accelerator=cpu")
 GENES = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 1e-3, "dropout": 0.3}
@@ -245,4 +244,113 @@ def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes):
         assert len([*nodes.glob("gatl-ray-*")]) == 1
         evaluator.close()
         assert not ray.is_initialized()
+    assert [*nodes.glob("gatl-ray-*")] == []
+
+
+def fitting() -> list[psutil.Process]:
+    """Return the workers that fit now, of whatever node of this machine."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, IndexError):
+            if process.cmdline()[0].startswith("ray::Worker.fit"):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_or_hangs_costs_its_fit_alone(data, tmp_path, nodes):
+    config = configure("evaluator.workers=2", "evaluator.timeout=90s")
+    forever = Fit(GENES, FOREVER, 3, tmp_path / "trials" / "0")
+    with evaluator_on(config, data) as (evaluator, _):
+        evaluator.submit(0, forever)
+        for _ in range(2):  # begun anew, then given up
+            until(lambda: evaluator.wait(0.1) == [] and evaluator.epochs_done(0) > 0)
+            (worker,) = fitting()
+            worker.kill()
+            until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+            evaluator._epochs[0] = 0.0
+        assert "died twice" in all_of(evaluator, {0})[0].error
+        until(lambda: evaluator.wait(0.1) == [] and evaluator.n_free == 2)
+        begun = time.monotonic()
+        evaluator.submit(0, forever)
+        evaluator.submit(1, Fit(GENES, 1, 3, tmp_path / "trials" / "1"))
+        outcomes = all_of(evaluator, {0, 1})
+        assert outcomes[0].error == "killed after evaluator.timeout=90s"
+        assert time.monotonic() - begun > 90
+        assert outcomes[1].error is None
+        until(lambda: evaluator.wait(0.1) == [] and evaluator.n_free == 2)
+
+
+SEARCH = (
+    *("data=digits", "model=se_densenet121_k12", "data.image_size=32", "data.batch_size=32"),
+    *("trainer.accelerator=cpu", "space.included_layers.high=6", "space.frozen_layers.high=3"),
+    *("ga.pop=6", "ga.generations=2", "final.top_k=2", "final.seeds=1", "final.max_epochs=1"),
+)
+
+
+def start(words: tuple[str, ...], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gatl", *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            stdout=file,
+            stderr=file,
+        )
+
+
+def told(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of ``history.csv`` without what nothing determines."""
+    with (folder / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in ("duration_s", "started_s", "fits"):
+            del row[name]
+    return rows
+
+
+@pytest.mark.slow
+def test_with_a_node_and_the_driver_killed_it_is_the_search_of_one_local_worker(tmp_path, nodes):
+    log = tmp_path / "log"
+    for n_workers in (1, 2):
+        words = (*SEARCH, f"evaluator.workers={n_workers}", f"hydra.run.dir={tmp_path}/{n_workers}")
+        assert start(words, log).wait() == 0, log.read_text()
+    folder = tmp_path / "ray"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        others = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        at = ("evaluator=ray", f"evaluator.address={cluster.address}")
+        driver = start((*SEARCH, *at, f"hydra.run.dir={folder}"), log)
+        history = folder / "history.csv"
+        until(lambda: history.is_file() and len(told(folder)) >= 1)
+        # A node goes, as if its machine were switched off: all of its processes at once.
+        raylets = {node.all_processes["raylet"][0].process.pid for node in others}
+        until(lambda: [pid for w in fitting() if (pid := w.ppid()) in raylets])
+        lost = next(pid for w in fitting() if (pid := w.ppid()) in raylets)
+        raylet = psutil.Process(lost)
+        for process in (raylet, *raylet.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        n_told = len(told(folder))
+        until(lambda: len(told(folder)) > n_told + 1 or driver.poll() is not None)
+        assert driver.poll() is None, log.read_text()
+        driver.kill()
+        driver.wait()
+        until(lambda: not fitting())  # workers end with their driver
+        assert start((f"resume={folder}",), log).wait() == 0, log.read_text()
+    finally:
+        cluster.shutdown()
+    assert told(folder) == told(tmp_path / "1") == told(tmp_path / "2")
+    assert all(row["error"] == "" for row in told(folder))
+    assert "Traceback" not in log.read_text()
+    ours, locally = (
+        torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
+        for run in (folder, tmp_path / "1")
+    )
+    assert all(torch.equal(value, locally[name]) for name, value in ours.items())
+    for trial in (tmp_path / "1" / "trials").iterdir():
+        theirs = folder / "trials" / trial.name
+        assert sorted(p.name for p in theirs.iterdir()) == sorted(p.name for p in trial.iterdir())
+        for log in trial.glob("metrics.csv"):
+            assert (theirs / log.name).read_text() == log.read_text()
+    # The folder of the node that was killed was found by the next worker on this machine.
     assert [*nodes.glob("gatl-ray-*")] == []
