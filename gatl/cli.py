@@ -37,7 +37,13 @@ from gatl.chromosome import KNOWN_GENES
 from gatl.config import Config, checked, resolving
 from gatl.errors import UserError, printable
 from gatl.files import is_unwritable, unwritable, write_whole, writing
-from gatl.trust import read_yaml, require_inside, require_plain, whole
+from gatl.trust import (
+    read_yaml,
+    require_inside,
+    require_known_address,
+    require_plain,
+    whole,
+)
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final", "cache")
 _LITERAL = re.compile(
@@ -344,7 +350,12 @@ def resumed(folder: Path, overrides: Sequence[str], trusted: Collection[str]) ->
                 f"{path} is damaged, or another version's ({str(error).rstrip('.')}): restore it "
                 "from a copy, or begin a new run."
             ) from error
-    return checked(compose_resumed(folder, overrides, trusted)) if overrides else config
+    if overrides:
+        config = checked(compose_resumed(folder, overrides, trusted))
+    given = {override.key_or_group for override in parse(overrides)}
+    if not given & {"evaluator", "evaluator.address"}:
+        require_known_address(path, config, trusted)
+    return config
 
 
 def compose_resumed(

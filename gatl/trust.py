@@ -56,7 +56,7 @@ def words_of(words: Collection[str]) -> tuple[frozenset[str], list[str]]:
 
 def word_for(config: Config) -> list[str]:
     """Return the ``trust=`` with which a run of this configuration can go on; often none."""
-    foreign = sorted({name for _, name in _foreign(asdict(config))})
+    foreign = sorted({name for _, name in _foreign(asdict(config))} | _addresses(config))
     return [f"trust={','.join(foreign)}"] if foreign else []
 
 
@@ -156,6 +156,29 @@ def require_own(path: Path, node: object, trusted: Collection[str] = ()) -> None
             f"{path} would run {listed}: if you trust whoever made it, and know what that does, "
             f"add trust={','.join(names)}."
         )
+
+
+def require_known_address(path: Path, config: Config, trusted: Collection[str]) -> None:
+    """Refuse to connect to where a run folder says: those machines could run anything here.
+
+    Args:
+        path: The file that says it, for the message.
+        config: The run's configuration.
+        trusted: What the user listed in ``trust=``.
+
+    Raises:
+        UserError: If it names an address that is not trusted.
+    """
+    for address in _addresses(config) - set(trusted):
+        raise UserError(
+            f"{path} would connect to {address}, whose machines could then run code here: if you "
+            f"trust them, add trust={address}; or give another evaluator.address."
+        )
+
+
+def _addresses(config: Config) -> set[str]:
+    """Return where an evaluator connects to, unless this machine decides that."""
+    return {str(config.evaluator.settings.get("address", "local"))} - {"local", "auto"}
 
 
 def require_inside(folder: Path) -> None:

@@ -20,6 +20,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from gatl import ray_evaluator
 from gatl.cli import compose
 from gatl.config import Config, checked
 from gatl.data.images import Decoded, PreparedData, Streamed, prepare
@@ -247,14 +248,49 @@ def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes):
     assert [*nodes.glob("gatl-ray-*")] == []
 
 
-def fitting() -> list[psutil.Process]:
-    """Return the workers that fit now, of whatever node of this machine."""
+def test_a_wrong_address_is_one_line(nodes):
+    with pytest.raises(UserError, match=r"evaluator\.address=auto cannot be reached .*ray start"):
+        RayEvaluator.require(configure(), "auto")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_on_somebody_elses_ray_what_cannot_be_is_one_line_and_it_stays(data, nodes, monkeypatch):
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with (
+            pytest.raises(UserError, match="room for a worker, which takes 2 CPU, 0 GPU: there"),
+            evaluator_on(configure("evaluator.threads=2"), data),
+        ):
+            pass
+        other = {**ray_evaluator.made_with(configure()), "torch": "0.1"}
+        monkeypatch.setattr(ray_evaluator, "made_with", lambda config: other)
+        with (
+            pytest.raises(UserError, match=r"Results would depend on .* torch is .*, 0\.1 here\."),
+            evaluator_on(configure(), data),
+        ):
+            pass
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+
+
+def workers(nodes: Path) -> list[psutil.Process]:
+    """Return the workers that are here, of whatever node, by the folder of it that they hold."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, IndexError):
-            if process.cmdline()[0].startswith("ray::Worker.fit"):
+        with contextlib.suppress(OSError, psutil.Error):
+            links = Path(f"/proc/{process.pid}/fd").iterdir()
+            if any(link.readlink().parent == nodes for link in links):
                 found.append(process)
     return found
+
+
+def busiest(nodes: Path) -> psutil.Process:
+    """Return the worker that computes most."""
+    before = {worker: sum(worker.cpu_times()[:2]) for worker in workers(nodes)}
+    time.sleep(1)
+    return max(before, key=lambda worker: sum(worker.cpu_times()[:2]) - before[worker])
 
 
 @pytest.mark.slow
@@ -265,9 +301,7 @@ def test_a_worker_that_dies_or_hangs_costs_its_fit_alone(data, tmp_path, nodes):
         evaluator.submit(0, forever)
         for _ in range(2):  # begun anew, then given up
             until(lambda: evaluator.wait(0.1) == [] and evaluator.epochs_done(0) > 0)
-            (worker,) = fitting()
-            worker.kill()
-            until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+            busiest(nodes).kill()
             evaluator._epochs[0] = 0.0
         assert "died twice" in all_of(evaluator, {0})[0].error
         until(lambda: evaluator.wait(0.1) == [] and evaluator.n_free == 2)
@@ -324,9 +358,9 @@ def test_with_a_node_and_the_driver_killed_it_is_the_search_of_one_local_worker(
         until(lambda: history.is_file() and len(told(folder)) >= 1)
         # A node goes, as if its machine were switched off: all of its processes at once.
         raylets = {node.all_processes["raylet"][0].process.pid for node in others}
-        until(lambda: [pid for w in fitting() if (pid := w.ppid()) in raylets])
-        lost = next(pid for w in fitting() if (pid := w.ppid()) in raylets)
-        raylet = psutil.Process(lost)
+        while (parent := busiest(nodes).ppid()) not in raylets:
+            assert driver.poll() is None, log.read_text()
+        raylet = psutil.Process(parent)
         for process in (raylet, *raylet.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -335,7 +369,7 @@ def test_with_a_node_and_the_driver_killed_it_is_the_search_of_one_local_worker(
         assert driver.poll() is None, log.read_text()
         driver.kill()
         driver.wait()
-        until(lambda: not fitting())  # workers end with their driver
+        until(lambda: not workers(nodes))  # workers end with their driver
         assert start((f"resume={folder}",), log).wait() == 0, log.read_text()
     finally:
         cluster.shutdown()

@@ -289,6 +289,22 @@ def test_cma_es_needs_trust_because_it_unpickles(run):
     assert word_for(config) == ["trust=optuna.samplers.CmaEsSampler"]
 
 
+def test_a_folder_connects_to_no_cluster_of_its_own_choice(run):
+    """What a Ray cluster sends is unpickled."""
+    ray = yaml.safe_load(Path("conf/evaluator/ray.yaml").read_text())
+    for address in ("local", "auto"):  # this machine says where that is
+        write(run, evaluator=ray | {"address": address})
+        assert word_for(resumed(run, [], ())) == []
+    write(run, evaluator=ray | {"address": "ray://far:10001"})
+    assert "add trust=ray://far:10001; or give" in message(resumed, run, [], ())
+    assert "add trust=ray://far:10001; or give" in message(resumed, run, ["budget.trials=9"], ())
+    assert "add trust=ray://far:10001; or give" in message(resumed, run, [], {"ray://far:1", "auto"})
+    config = resumed(run, [], {"ray://far:10001"})
+    assert word_for(config) == ["trust=ray://far:10001"]
+    for given in ("evaluator.address=ray://near:1", "evaluator=local"):
+        resumed(run, [given], ())
+
+
 def test_no_other_sampler_unpickles_nor_does_the_journal():
     samplers = Path(optuna.samplers.__file__).parent
     unpickling = [p.name for p in samplers.rglob("*.py") if "pickle.load" in p.read_text()]
