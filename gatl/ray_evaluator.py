@@ -302,6 +302,7 @@ class RayEvaluator:
         key = running.key
         ray.kill(running.actor.handle)  # it is gone, or out of reach
         self._epochs[key], self._looked = 0.0, -math.inf
+        self._asked.pop(key, None)
         if self._stop.is_set():
             self._forget(key)
             return key, Outcome(stopped=True)

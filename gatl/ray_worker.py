@@ -130,6 +130,7 @@ class Worker:
         stop = self._stops.setdefault(ticket, threading.Event())
         run = self._folder / parcel.run
         folder = run / parcel.place
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker that was killed
         try:
             with writing(folder):
                 folder.mkdir(parents=True)

@@ -298,7 +298,9 @@ def test_a_folder_connects_to_no_cluster_of_its_own_choice(run):
     write(run, evaluator=ray | {"address": "ray://far:10001"})
     assert "add trust=ray://far:10001; or give" in message(resumed, run, [], ())
     assert "add trust=ray://far:10001; or give" in message(resumed, run, ["budget.trials=9"], ())
-    assert "add trust=ray://far:10001; or give" in message(resumed, run, [], {"ray://far:1", "auto"})
+    assert "add trust=ray://far:10001; or give" in message(
+        resumed, run, [], {"ray://far:1", "auto"}
+    )
     config = resumed(run, [], {"ray://far:10001"})
     assert word_for(config) == ["trust=ray://far:10001"]
     for given in ("evaluator.address=ray://near:1", "evaluator=local"):
