@@ -41,6 +41,7 @@ from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
 from gatl.features import CachedPrefix, cached_prefix
 from gatl.files import is_passing, is_unwritable, write_whole, writing
+from gatl.launching import jobs_at_once
 from gatl.loggers import Result, build_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
@@ -744,4 +745,5 @@ def _auto_workers(config: Config) -> int:
     )
     each = PROCESS_BYTES + batch * config.data.image_size**2
     by_memory = psutil.virtual_memory().available // each
-    return max(1, min((cores or 1) // config.evaluator.threads, int(by_memory)))
+    at_once = min((cores or 1) // config.evaluator.threads, int(by_memory))
+    return max(1, at_once // jobs_at_once())

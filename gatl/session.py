@@ -34,6 +34,7 @@ from gatl.evaluation import (
 )
 from gatl.features import is_shared, why_off
 from gatl.files import sync, writing
+from gatl.launching import jobs_at_once
 from gatl.loggers import CURVE, require_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
@@ -182,7 +183,8 @@ def _with_features(
     folder.mkdir()
     # What is mapped lies in memory too, as long as nothing else needs it.
     free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
-    share = free // 4 if config.cache.max_gb is None else int(config.cache.max_gb * 10**9)
+    own = free // 4 // jobs_at_once()
+    share = own if config.cache.max_gb is None else int(config.cache.max_gb * 10**9)
     return replace(data, features=folder.resolve(), features_bytes=share)
 
 

@@ -468,14 +468,17 @@ def section(text: str, head: str) -> list[str]:
 def test_help_has_an_entry_for_each_group_with_every_choice(help_text):
     named = {}
     for entry in section(help_text, "Groups"):
-        group, what, choices = re.fullmatch(r"  (\w+)= +([^:]+): (.+)", entry).groups()
+        group, what, choices = re.fullmatch(r"  ([\w/]+)= +([^:]+): (.+)", entry).groups()
         assert len(what.split()) <= 8
         named[group] = choices.split(", ")
-    shipped = {path.name: path for path in CONF.iterdir() if list(path.glob("*.yaml"))}
+    shipped: dict[str, list[str]] = {"hydra/launcher": ["basic"]}  # Hydra's own
+    for path in CONF.rglob("*/*.yaml"):
+        shipped.setdefault(str(path.parent.relative_to(CONF)), []).append(path.stem)
     assert {group: sorted(choices) for group, choices in named.items()} == {
-        group: sorted(file.stem for file in path.glob("*.yaml")) for group, path in shipped.items()
+        group: sorted(choices) for group, choices in shipped.items()
     }
-    chosen = {k: v for d in OmegaConf.load(CONF / "config.yaml").defaults[1:] for k, v in d.items()}
+    defaults = OmegaConf.load(CONF / "config.yaml").defaults[1:]
+    chosen = {k.removeprefix("override "): v for d in defaults for k, v in d.items()}
     for group, choices in named.items():
         assert group == "experiment" or choices[0] == chosen[group]
 
