@@ -292,6 +292,7 @@ def main() -> None:
             folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
             if launcher != BASIC:
                 sys.stdout.write(f"{printable(folder)}: {len(jobs)} jobs, by {launcher}\n")
+                sys.stdout.flush()  # before what the jobs print
             try:
                 with _hydra_raises(), _told_in_one_line(launcher, folder):
                     job()
@@ -352,7 +353,7 @@ def _told_in_one_line(launcher: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.stdout.write(f"{_way_on(launcher, folder)}\n")
+        sys.stdout.write(f"{_way_on(launcher, folder)}\n".lstrip())
         raise
     except UserError:
         raise

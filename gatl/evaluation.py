@@ -733,7 +733,10 @@ class LocalEvaluator:
 
 
 def _auto_workers(config: Config) -> int:
-    """Return how many fits this machine can run at once: by GPUs or cores, and by memory."""
+    """Return how many fits this machine can run at once: by GPUs or cores, and by memory.
+
+    Other jobs of a sweep that run beside this one have their part of cores and memory.
+    """
     if _uses_cuda(config.trainer):
         return int(torch.cuda.device_count())
     if config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
