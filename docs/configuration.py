@@ -122,9 +122,12 @@ def page(conf: Path) -> str:
     main = (conf / "config.yaml").read_text(encoding="utf-8")
     parts = [HEAD, "## Whatever is chosen", "", *_table(list(settings(main, "")))]
     for entry in yaml.safe_load(main)["defaults"]:
-        if not isinstance(entry, dict) or any(name.startswith("override") for name in entry):
+        if not isinstance(entry, dict):
             continue
-        ((group, default),) = entry.items()
+        ((name, default),) = entry.items()
+        group = name.removeprefix("override ")
+        if not (conf / group).is_dir():  # Hydra's own choices
+            continue
         parts += [f"## {group}", ""]
         files = sorted(
             (conf / group).glob("*.yaml"), key=lambda path: (path.stem != default, path.stem)
@@ -135,7 +138,9 @@ def page(conf: Path) -> str:
             note = " (the default)" if path.stem == default else ""
             parts += [f"### `{group}={path.stem}`{note}", ""]
             parts += [_about(text), ""] if _about(text) else []
-            parts += _table([*_taken(text), *settings(text, "" if whole else f"{group}.")])
+            parts += _table(
+                [*_taken(text), *settings(text, "" if whole else f"{group.replace('/', '.')}.")]
+            )
     pretrain = (conf / "pretrain.yaml").read_text(encoding="utf-8")
     parts += ["## `python -m gatl.pretrain`", "", _about(pretrain), ""]
     parts += [*_table(list(settings(pretrain, "")))]

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
+import shlex
 import shutil
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +20,8 @@ from omegaconf import DictConfig
 
 from gatl.cli import (
     compose,
-    default_folder,
     folder_named,
+    hydra_setting,
     in_one_line,
     make_folder,
     narrow_output,
@@ -38,6 +41,7 @@ from gatl.config import Config, checked
 from gatl.data import folder as image_folder
 from gatl.errors import UserError, printable
 from gatl.files import is_unwritable, unwritable
+from gatl.launching import BASIC, SLURM, is_launched, is_requeued
 from gatl.targets import require_arguments
 from gatl.trust import word_for, words_of
 
@@ -48,13 +52,14 @@ LARGE = 128
 """Pixels of a side from which on a search takes long without a GPU."""
 
 
-def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
+def run(config: Config, folder: Path, again: Sequence[str] = (), name: str = "") -> float:
     """Search, then make the final model; returns the search's best val_loss.
 
     Args:
         config: The checked configuration.
         folder: The run folder.
         again: The overrides with which the run goes on; they are kept for the next time.
+        name: What tells its lines from those of other runs on the same terminal.
 
     Raises:
         UserError: If the run cannot go on; its message says how it can.
@@ -69,7 +74,7 @@ def run(config: Config, folder: Path, again: Sequence[str] = ()) -> float:
     from gatl.search import Ending, Search
     from gatl.session import opened
 
-    console = new_console()
+    console = new_console(name)
     left = again  # to be remembered
     try:
         with opened(config, folder, console) as session, kept_fresh(folder) as refresh:
@@ -210,19 +215,35 @@ def must_be_new(folder: Path) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://gatl.conf", config_name="config")
 def job(composed: DictConfig) -> float:
     """Run one job, alone or of a multirun; returns its best val_loss for Hydra's sweepers."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, launched = Path(HydraConfig.get().runtime.output_dir), is_launched()
+    name = f"job {HydraConfig.get().job.num}: " if launched else ""
+    if launched:  # joblib's workers have a default of their own, in which none of ours can start
+        multiprocessing.set_start_method("spawn", force=True)
     try:
         config = checked(composed)
-        must_be_new(folder)
-        return run(config, folder)
+        if not is_requeued():  # what the folder holds then is this job's own, and goes on
+            must_be_new(folder)
+        return run(config, folder, name=name)
     except (UserError, InstantiationException, OSError) as error:  # Hydra wraps a data source's
         _discard_unused(folder)
         if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other jobs go on
             overrides = " ".join(HydraConfig.get().overrides.task)
-            sys.stderr.write(f"gatl: {printable(overrides)}: {in_one_line(error)}\n")
-            raise UserError("A job of the sweep failed; its error stands above.") from error
+            line = f"{printable(overrides)}: {in_one_line(error)}"
+            sys.stderr.write(f"gatl: {line}\n")
+            failed = UserError(f"A job of the sweep failed. {line}")
+            raise _carrying(failed) if launched else failed from error
         with one_line_errors():
             raise
+    except Exception as error:  # a defect
+        if launched:
+            _carrying(error)
+        raise
+
+
+def _carrying(error: Exception) -> Exception:
+    """Let an exception take the traceback of the one that is handled to another process."""
+    error.add_note(traceback.format_exc())
+    return error
 
 
 def _discard_unused(folder: Path) -> None:
@@ -265,9 +286,15 @@ def main() -> None:
             jobs = split_jobs(words)
             for config in [checked(compose(overrides)) for overrides in jobs]:
                 _check(config)
+            launcher = hydra_setting("hydra.launcher._target_", jobs[0]).rpartition(".")[2]
+            if launcher == SLURM and shutil.which("sbatch") is None:
+                raise UserError("There is no sbatch here: start the sweep where SLURM takes jobs.")
             folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
+            if launcher != BASIC:
+                sys.stdout.write(f"{printable(folder)}: {len(jobs)} jobs, by {launcher}\n")
+                sys.stdout.flush()  # before what the jobs print
             try:
-                with _hydra_raises():
+                with _hydra_raises(), _told_in_one_line(launcher, folder):
                     job()
             except UserError:  # of one job; the others are there
                 _compare(folder)
@@ -281,9 +308,9 @@ def main() -> None:
 
 def _compare(folder: Path) -> None:
     """Put the runs of the sweep that has just ended beside one another, if they are several."""
-    from gatl.compare import compare
-
     if len(list(folder.rglob("history.csv"))) > 1:
+        from gatl.compare import compare
+
         compare(folder)
 
 
@@ -303,18 +330,53 @@ def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) ->
     """
     given = [override for override in parse(words) if override.key_or_group == key]
     if not given:
-        folder = new_folder(default_folder(key, overrides))
+        folder = new_folder(Path(hydra_setting(key, overrides)))
         sys.argv.insert(1, f"{key}={folder}")
         return folder.absolute()
     value = str(given[-1].value())
     if "${" in value:  # as Hydra will resolve it, but once: the time goes on
-        value = str(default_folder(key, [*overrides, str(given[-1].input_line)]))
+        value = hydra_setting(key, [*overrides, str(given[-1].input_line)])
         sys.argv[sys.argv.index(str(given[-1].input_line))] = f"{key}={value}"
     folder = Path(value).absolute()
     if key == "hydra.run.dir":  # each job of a sweep has one inside, which it looks at itself
         make_folder(folder)
         must_be_new(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _told_in_one_line(launcher: str, folder: Path) -> Iterator[None]:
+    """Say what has happened to a launcher that runs jobs elsewhere, and how they go on."""
+    if launcher == BASIC:
+        yield
+        return
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stdout.write(f"{_way_on(launcher, folder)}\n".lstrip())
+        raise
+    except UserError:
+        raise
+    except Exception as error:
+        if hasattr(error, "__notes__"):  # of a job, with its traceback: a defect
+            raise
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        way_on = " ".join(_way_on(launcher, folder).split())
+        raise UserError(f"{launcher}: {said}. {way_on}".rstrip()) from error
+
+
+def _way_on(launcher: str, folder: Path) -> str:
+    """Say what becomes of a sweep whose command ends before its jobs; nothing if none has begun."""
+    compare = shlex.join(["python", "-m", "gatl.compare", f"runs={folder}"])
+    if launcher == SLURM and any(folder.rglob("*_submitted.pkl")):
+        return (
+            "The jobs are SLURM's and go on (squeue, scancel); their output is in "
+            f"{folder}/.submitit. When they have ended, compare them with\n  {compare}"
+        )
+    if not any(folder.rglob("study.journal")):
+        return ""
+    resume = shlex.join(["python", "-m", "gatl", f"resume={folder}/NUMBER"])
+    return f"Each job that has begun goes on with\n  {resume}\nThen compare them with\n  {compare}"
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ from gatl.trust import (
 )
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final", "cache")
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+}
+"""Launchers of packages that gatl does not require, and the extra that installs each."""
 _LITERAL = re.compile(
     r"""
     (?P<key>[^=~]+)=
@@ -435,11 +441,11 @@ def remember(folder: Path, overrides: Sequence[str]) -> None:
         write_whole(path, OmegaConf.to_yaml(content).encode())
 
 
-def default_folder(key: str, overrides: Sequence[str]) -> Path:
-    """Return what ``hydra.run.dir`` or ``hydra.sweep.dir`` is now."""
+def hydra_setting(key: str, overrides: Sequence[str]) -> str:
+    """Return what a setting of Hydra's own, such as ``hydra.run.dir``, is now."""
     with _initialised():
         composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-        return Path(str(OmegaConf.select(composed, key)))
+        return str(OmegaConf.select(composed, key))
 
 
 def new_folder(path: Path) -> Path:
@@ -520,6 +526,9 @@ def _require_one_value(override: Override) -> None:
 
 def _explain(error: Exception, config_name: str) -> str:
     """Say in one line what was wrong with an override, and the nearest thing that is right."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in EXTRAS:
+        name, extra = error.missing_cfg_file, EXTRAS[error.missing_cfg_file]
+        return f"{name} is not installed: pip install 'gatl[{extra}]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = sorted(error.options)

@@ -41,6 +41,7 @@ from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
 from gatl.features import CachedPrefix, cached_prefix
 from gatl.files import is_passing, is_unwritable, write_whole, writing
+from gatl.launching import jobs_at_once
 from gatl.loggers import Result, build_logger
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weight_files import read_weights
@@ -743,7 +744,10 @@ class LocalEvaluator:
 
 
 def auto_workers(config: Config) -> int:
-    """Return how many fits this machine can run at once: by GPUs or cores, and by memory."""
+    """Return how many fits this machine can run at once: by GPUs or cores, and by memory.
+
+    Other jobs of a sweep that run beside this one have their part of cores and memory.
+    """
     if uses_cuda(config.trainer):
         return int(torch.cuda.device_count())
     if config.trainer.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
@@ -755,4 +759,5 @@ def auto_workers(config: Config) -> int:
     )
     each = PROCESS_BYTES + batch * config.data.image_size**2
     by_memory = psutil.virtual_memory().available // each
-    return max(1, min((cores or 1) // config.evaluator.threads, int(by_memory)))
+    at_once = min((cores or 1) // config.evaluator.threads, int(by_memory))
+    return max(1, at_once // jobs_at_once())

@@ -34,6 +34,7 @@ from torchvision.transforms import v2
 from gatl.classifier import Classifier, Diverged
 from gatl.data.images import Images, PreparedData, PreparedSplit, Streamed
 from gatl.data.module import ImageData
+from gatl.launching import jobs_at_once
 from gatl.models.layered import LayeredNetwork
 from gatl.models.se_densenet import DoubleSigmoid
 from gatl.models.weights import LoadReport
@@ -174,11 +175,13 @@ def share_of(folder: Path, max_gb: float | None) -> int:
     Args:
         folder: It exists.
         max_gb: ``cache.max_gb``; None: a quarter of the free disk, or of the free memory if that is
-            less, since what is mapped lies there too as long as nothing else needs it.
+            less, since what is mapped lies there too as long as nothing else needs it. Other jobs
+            of a sweep that run beside this one have their part of it.
     """
     if max_gb is not None:
         return int(max_gb * 10**9)
-    return int(min(shutil.disk_usage(folder).free, psutil.virtual_memory().available) // 4)
+    free = min(shutil.disk_usage(folder).free, psutil.virtual_memory().available)
+    return int(free // 4 // jobs_at_once())
 
 
 def _size(path: Path) -> int:

@@ -46,26 +46,44 @@ _ANY_WIDTH = 10_000
 
 
 class _Console(Console):
-    """A console that prints texts with nothing in them that commands it."""
+    """A console that prints texts with nothing in them that commands it.
+
+    Args:
+        name: Stands in front of each line.
+        settings: As rich has them.
+    """
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._name = name
 
     def print(self, *objects: Any, **more: Any) -> None:
         """Print as rich does; a text, line by line, as `printable` writes it."""
         shown = (
-            "\n".join(map(printable, o.split("\n"))) if isinstance(o, str) else o for o in objects
+            "\n".join(self._name + printable(line) for line in o.split("\n"))
+            if isinstance(o, str)
+            else o
+            for o in objects
         )
         super().print(*shown, **more)
 
 
-def new_console() -> Console:
+def new_console(name: str = "") -> Console:
     """Return the console of a command; it prints names and errors as they are.
 
     Square brackets in them are no markup, and names of files in another
     encoding than the terminal's are no error. Only a terminal has lines that end
     somewhere.
+
+    Args:
+        name: Of a run that is not alone on its terminal, and therefore prints plain lines; it
+            stands in front of each.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    console = _Console(highlight=False, markup=False, emoji=False)
+    console = _Console(
+        name, highlight=False, markup=False, emoji=False, force_terminal=False if name else None
+    )
     console.soft_wrap = not console.is_terminal
     return console
 

@@ -17,7 +17,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import gatl as gatl_package
 from gatl import __main__, __version__
@@ -218,18 +218,22 @@ def test_what_only_another_sweeper_draws_is_left_to_it():
         split_jobs([draws])
 
 
+@pytest.fixture(scope="module")
+def of_a_run() -> DictConfig:
+    """A configuration that differs from the default."""
+    return compose(["experiment=quickstart", "seed=7", "final.seeds=1"])
+
+
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """The folder of a run with a setting that differs from the default."""
+def run_folder(tmp_path: Path, of_a_run: DictConfig) -> Path:
     path = tmp_path / ".hydra" / "config.yaml"
     path.parent.mkdir()
-    OmegaConf.save(compose(["experiment=quickstart", "seed=7", "final.seeds=1"]), path)
+    OmegaConf.save(of_a_run, path)
     return tmp_path
 
 
-def test_resumed_configuration_is_the_runs_own(run_folder):
-    config = checked(compose_resumed(run_folder, []))
-    assert config == checked(compose(["experiment=quickstart", "seed=7", "final.seeds=1"]))
+def test_resumed_configuration_is_the_runs_own(run_folder, of_a_run):
+    assert checked(compose_resumed(run_folder, [])) == checked(of_a_run)
 
 
 def test_budget_evaluator_logger_and_final_may_change_on_resume(run_folder):
@@ -468,14 +472,17 @@ def section(text: str, head: str) -> list[str]:
 def test_help_has_an_entry_for_each_group_with_every_choice(help_text):
     named = {}
     for entry in section(help_text, "Groups"):
-        group, what, choices = re.fullmatch(r"  (\w+)= +([^:]+): (.+)", entry).groups()
+        group, what, choices = re.fullmatch(r"  ([\w/]+)= +([^:]+): (.+)", entry).groups()
         assert len(what.split()) <= 8
         named[group] = choices.split(", ")
-    shipped = {path.name: path for path in CONF.iterdir() if list(path.glob("*.yaml"))}
+    shipped: dict[str, list[str]] = {"hydra/launcher": ["basic"]}  # Hydra's own
+    for path in CONF.rglob("*/*.yaml"):
+        shipped.setdefault(str(path.parent.relative_to(CONF)), []).append(path.stem)
     assert {group: sorted(choices) for group, choices in named.items()} == {
-        group: sorted(file.stem for file in path.glob("*.yaml")) for group, path in shipped.items()
+        group: sorted(choices) for group, choices in shipped.items()
     }
-    chosen = {k: v for d in OmegaConf.load(CONF / "config.yaml").defaults[1:] for k, v in d.items()}
+    defaults = OmegaConf.load(CONF / "config.yaml").defaults[1:]
+    chosen = {k.removeprefix("override "): v for d in defaults for k, v in d.items()}
     for group, choices in named.items():
         assert group == "experiment" or choices[0] == chosen[group]
 

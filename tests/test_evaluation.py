@@ -1,6 +1,7 @@
 """From a chromosome to its outcome: reproducible, silent, and failing in good order."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import pickle
@@ -61,6 +62,7 @@ FOREVER = 10**6
 FIT_SEED = 325503755
 
 
+@functools.cache
 def configure(*overrides: str) -> Config:
     return checked(compose([*OVERRIDES, *overrides]))
 
@@ -196,7 +198,12 @@ def test_longer_fit_continues_a_shorter_one(config, data, stop, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("augment", "logger"), [("crop_flip", "csv"), ("none", "csv"), ("crop_flip", "tensorboard")]
+    ("augment", "logger"),
+    [
+        ("crop_flip", "csv"),
+        pytest.param("none", "csv", marks=pytest.mark.slow),
+        ("crop_flip", "tensorboard"),
+    ],
 )
 def test_fit_that_waits_at_rungs_is_the_one_that_never_stopped(
     data, stop, tmp_path, augment, logger

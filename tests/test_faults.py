@@ -3,6 +3,7 @@
 What a fit itself does about them is in test_evaluation.py, what the search does in test_search.py.
 """
 
+import functools
 import multiprocessing
 import os
 import resource
@@ -31,6 +32,7 @@ GENES = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 1e-3, "dropo
 FOREVER = 10**6
 
 
+@functools.cache
 def configure(*overrides: str) -> Config:
     common = ("model=lenet5", "data.batch_size=8", "trainer.accelerator=cpu", "evaluator.workers=1")
     return checked(compose([*common, *overrides]))

@@ -1,6 +1,7 @@
 """The final model: re-evaluation, retraining, test, and what is written of them."""
 
 import csv
+import functools
 import io
 import itertools
 import json
@@ -101,12 +102,17 @@ def data(tmp_path_factory):
     return prepare(source, image_size=32, split_seed=0, max_bad=0.0, folder=folder)
 
 
+@functools.cache
+def configured(*overrides):
+    return checked(compose([*OVERRIDES, *overrides]))
+
+
 def session_in(
     folder, data, evaluate=lambda fit, i: Outcome(0.5), losses=(0.9, 0.5, 0.7, 0.6, 0.5)
 ):
     """Return a session whose search has ended with these losses; None is a failure."""
     silence()
-    config = checked(compose(OVERRIDES))
+    config = configured()
     strategy = instantiate(config.search, _partial_=True, _convert_="all")(
         space=config.space, seed=config.seed, initial=config.initial
     )
@@ -461,7 +467,7 @@ def test_the_next_commands_name_the_run_and_what_it_trusts(tmp_path):
     folder = tmp_path / "a run"
     folder.mkdir()
     (folder / "report.html").write_text("found")
-    config = checked(compose([*OVERRIDES, "search=cmaes"]))
+    config = configured("search=cmaes")
     trust = "trust=optuna.samplers.CmaEsSampler"
     page, *others = final._whereabouts(folder, config).splitlines()[-3:]
     run = shlex.quote(f"run={folder}")
@@ -473,7 +479,7 @@ def test_the_next_commands_name_the_run_and_what_it_trusts(tmp_path):
     assert module == "webbrowser"
     assert urlopen(uri).read() == b"found"
     (folder / "report.html").unlink()
-    said = final._whereabouts(folder, checked(compose(OVERRIDES)))
+    said = final._whereabouts(folder, configured())
     assert f"  python -m gatl.report {run}\n" in said
     assert "trust=" not in said
 
@@ -838,7 +844,7 @@ def test_what_a_kill_behind_the_result_left_is_put_in_order(made, tmp_path):
     before = page.stat().st_mtime_ns
     assert final.nothing_left(folder, config, [], console)
     assert page.stat().st_mtime_ns == before
-    more = checked(compose([*OVERRIDES, "budget.trials=6"]))
+    more = configured("budget.trials=6")
     assert not final.nothing_left(folder, more, [], console)
 
 
@@ -864,7 +870,7 @@ def test_more_trials_or_other_settings_make_another_model(made, data, tmp_path, 
     assert "nothing before has seen" not in printed(session)
     assert "final model 2 of this run" in printed(session)
     assert (folder / "best.ckpt").read_bytes() != before
-    config = checked(compose([*OVERRIDES, "final.max_epochs=4"]))
+    config = configured("final.max_epochs=4")
     assert final.made_before(folder, session.config, 6) is not None
     assert final.made_before(folder, config, 6) is None
     assert final.made_before(folder, session.config, 7) is None
@@ -873,7 +879,7 @@ def test_more_trials_or_other_settings_make_another_model(made, data, tmp_path, 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"trials": 3}'])
 def test_a_damaged_result_counts_as_none(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
-    assert final.made_before(tmp_path, checked(compose(OVERRIDES)), 1) is None
+    assert final.made_before(tmp_path, configured(), 1) is None
 
 
 # The command.

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import math
 import multiprocessing
 import struct
@@ -35,6 +36,7 @@ POINTS = [  # step, best, mean of the generation, of three trials each
 ]
 
 
+@functools.cache
 def configured(*overrides):
     return checked(compose([*SMALL, *overrides]))
 

@@ -1,6 +1,7 @@
 """The model card: what it says, read by a Markdown parser."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -65,8 +66,13 @@ RESULT = {
 }
 
 
+@functools.cache
+def configured(*overrides):
+    return checked(compose(["data=digits", "model=lenet5", *overrides]))
+
+
 def card(result=RESULT, *overrides):
-    return describe(result, checked(compose(["data=digits", "model=lenet5", *overrides])))
+    return describe(result, configured(*overrides))
 
 
 class Read:

@@ -1,5 +1,6 @@
 """What a run holds: nothing of it may outlive the run, however that ends."""
 
+import functools
 import io
 import os
 import pkgutil
@@ -30,9 +31,14 @@ OVERRIDES = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+@functools.cache
+def configured(*overrides):
+    return checked(compose([*OVERRIDES, *overrides]))
+
+
 def open_run(folder, *overrides):
     console = Console(file=io.StringIO(), width=200, markup=False)
-    return opened(checked(compose([*OVERRIDES, *overrides])), folder, console)
+    return opened(configured(*overrides), folder, console)
 
 
 @pytest.fixture(autouse=True)
@@ -254,12 +260,12 @@ def test_the_driver_takes_one_thread_and_leaves_the_cores_to_the_fits(tmp_path):
 @pytest.mark.parametrize("search", ["search=annealing", "search=tpe", "ga.mode=steady_state"])
 def test_without_generations_halving_is_off_and_that_is_said(tmp_path, search):
     console = Console(file=io.StringIO(), width=200, markup=False)
-    config = checked(compose([*OVERRIDES, search]))
+    config = configured(search)
     assert config.rungs
     with opened(config, tmp_path, console) as session:
         assert session.config.rungs == ()
         assert session.evaluator._config.rungs == ()
     assert console.file.getvalue().count("Halving: off (") == 1
-    with opened(checked(compose(OVERRIDES)), tmp_path, console) as session:
+    with opened(configured(), tmp_path, console) as session:
         assert session.config.rungs
     assert console.file.getvalue().count("Halving: off (") == 1

@@ -219,7 +219,7 @@ def test_table_of_trainable_parameters() -> None:
     assert found == {0: 11_181_642, 1: 11_098_122, 2: 11_024_138, 4: 10_498_570, 8: 5_130}
 
 
-@pytest.mark.parametrize("n_frozen", [0, 1, 2, 3])
+@pytest.mark.parametrize("n_frozen", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_moves_all_but_the_frozen_prefix(name: str, n_frozen: int) -> None:
     network = build(name, 3, dropout=0.2)

@@ -127,10 +127,11 @@ def search(
     """Run a search, or go on with one, and return the chromosomes in the order of numbers."""
     study = study or new_study(strategy)
     study.sampler = strategy
-    for _ in range(len(study.trials), n_trials):
+    for _ in range(len(study.get_trials(deepcopy=False)), n_trials):
         number = study.ask(fixed_distributions=strategy.distributions()).number
-        tell(study, study.trials[number])
-    return [tuple(t.params[name] for name in strategy.space.names) for t in study.trials]
+        tell(study, study.get_trials(deepcopy=False)[number])
+    record = study.get_trials(deepcopy=False)
+    return [tuple(t.params[name] for name in strategy.space.names) for t in record]
 
 
 @functools.cache
@@ -211,7 +212,7 @@ def test_the_order_of_asking_and_ending_does_not_matter(
         if asked < n and all(number >= strategy.horizon(asked) for number in running):
             running.append(study.ask(fixed_distributions=strategy.distributions()).number)
         else:
-            tell(study, study.trials[running.pop()])
+            tell(study, study.get_trials(deepcopy=False)[running.pop()])
     found = [tuple(trial.params[name] for name in space.names) for trial in study.trials]
     assert found == never_stopped(name, space, n)
 
