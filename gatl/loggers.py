@@ -26,7 +26,7 @@ from gatl.errors import UserError
 from gatl.files import is_unwritable
 from gatl.outcome import fitness
 from gatl.ranking import incumbent
-from gatl.record import JOURNAL
+from gatl.record import record_in
 
 CURVE = "search"
 """The folder of the search's own curve, in the run folder."""
@@ -96,7 +96,7 @@ class WandbLogger(loggers.WandbLogger):
         self, save_dir: str, name: str, version: str, project: str = "gatl", offline: bool = False
     ) -> None:
         self._folder = folder = Path(save_dir, version)
-        run = next((p for p in folder.parents if (p / JOURNAL).is_file()), folder.parent)
+        run = next((p for p in folder.parents if record_in(p)), folder.parent)
         place = folder.relative_to(run).as_posix()
         super().__init__(
             name=place,
@@ -155,10 +155,10 @@ class WandbLogger(loggers.WandbLogger):
 
 def _identity(run: Path) -> str:
     """Return what no other run has: its record's first line, which names the process."""
-    journal = run / JOURNAL
-    if not journal.is_file():
+    record = record_in(run)
+    if record is None:
         return str(run.resolve())
-    with journal.open(encoding="utf-8", errors="replace") as file:
+    with record.open(encoding="utf-8", errors="replace") as file:
         return file.readline()
 
 
