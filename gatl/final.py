@@ -67,7 +67,8 @@ the best chromosomes again, retrains the winner and tests it.
 
 The overrides may change budget, evaluator, logger, final and cache, for example
 final.top_k, final.seeds, final.max_epochs, final.patience, evaluator.workers.
-A folder of somebody else's may run no code but gatl's and what trust= names."""
+A folder of somebody else's may run no code but gatl's and what trust= names, and
+connect to no database but one that trust= names."""
 
 
 def finish(session: "Session") -> float:

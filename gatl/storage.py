@@ -18,8 +18,10 @@ EXAMPLE = "postgresql://USER@HOST/DATABASE"
 # A comma parts the names in trust=, and Optuna formats what stands in braces.
 _PLAIN = re.compile(r"[!-~]+")
 _SPECIAL = frozenset("{},'\"\\")
-_PATIENCE = {"connect_timeout": "10", "keepalives_idle": "10", "tcp_user_timeout": "30000"}
-"""What libpq waits for a server that does not answer: seconds, seconds, milliseconds."""
+# Seconds, seconds and milliseconds in which a server must answer; and one whose database has no
+# encoding of its own (the locale C) is to send text, not bytes.
+_LIBPQ = {"connect_timeout": "10", "keepalives_idle": "10", "tcp_user_timeout": "30000"}
+_LIBPQ |= {"client_encoding": "utf8"}
 
 
 class StorageError(UserError):
@@ -100,7 +102,7 @@ class Database(RDBStorage):
         self.address = address
         url = _parsed(address)
         if url.drivername in ("postgresql", "postgresql+psycopg"):  # else SQLAlchemy's own choice
-            url = url.set(drivername="postgresql+psycopg", query=_PATIENCE | dict(url.query))
+            url = url.set(drivername="postgresql+psycopg", query=_LIBPQ | dict(url.query))
         try:
             # Between two trials lie hours, in which a server may have started anew: ask it first.
             super().__init__(

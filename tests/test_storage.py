@@ -327,7 +327,7 @@ def test_comparing_reads_the_databases_that_are_trusted(tmp_path, address, run, 
 SEARCH = (
     *("data=digits", "model=lenet5", "trainer.accelerator=cpu", "data.image_size=32"),
     *("trainer.max_epochs=2", "pruner.min_epochs=1", "pruner.reduction_factor=2"),
-    *("ga.pop=4", "ga.generations=3", "ga.n_elites=2", "evaluator.workers=2"),
+    *("ga.pop=3", "ga.generations=2", "ga.n_elites=1", "evaluator.workers=1"),
     *("final.max_epochs=1", "final.seeds=1", "final.top_k=1"),
 )
 
@@ -460,16 +460,14 @@ def expected(tmp_path_factory) -> tuple[list[dict[str, str]], dict[str, object]]
 
 
 @pytest.mark.slow
-def test_with_postgresql_killed_twice_it_is_the_same_search_as_with_a_journal(
+def test_with_postgresql_and_killed_it_is_the_same_search_as_with_a_journal(
     tmp_path, server, expected
 ):
     folder, address = tmp_path / "run", server.address()
     run = Process(folder, *SEARCH, f"study.storage={address}", f"hydra.run.dir={folder}")
-    for n_trials in (2, 5):
-        run.wait_for_trials(n_trials)
-        run.kill()
-        run = Process(folder, f"resume={folder}", f"trust={address}")
-    assert run.end() == ""
+    run.wait_for_trials(2)
+    run.kill()
+    assert Process(folder, f"resume={folder}", f"trust={address}").end() == ""
     assert result(folder) == expected
     with read_study(folder, {address}) as study:
         losses = [row["val_loss"] for row in expected[0]]
@@ -485,7 +483,7 @@ def test_a_server_that_stops_in_the_middle_costs_one_line_and_nothing_else(
 ):
     folder, address = tmp_path / "run", server.address()
     run = Process(folder, *SEARCH, f"study.storage={address}", f"hydra.run.dir={folder}")
-    run.wait_for_trials(3)
+    run.wait_for_trials(2)
     server.stop()
     try:
         said = run.end(1)
@@ -493,9 +491,6 @@ def test_a_server_that_stops_in_the_middle_costs_one_line_and_nothing_else(
         way_on = f"python -m gatl resume={folder} trust={address}\n"
         assert said.endswith(f"): when that is mended, go on with {way_on}")
         assert said.count("\n") == 1
-        again = Process(folder, f"resume={folder}", f"trust={address}").end(1)
-        assert again.startswith(f"gatl: {address} cannot be used (connection failed")
-        assert again.endswith(way_on)
     finally:
         server.start()
     assert Process(folder, f"resume={folder}", f"trust={address}").end() == ""
