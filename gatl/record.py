@@ -42,6 +42,7 @@ OUTCOME = "outcome"  # the trial's user attribute
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 FITS = "fits"  # in a trial's outcome
 _MAX_PLACE = 4096  # characters
+_OURS = "gatl "  # with it the name of each study in a database begins
 _BESIDE = (SECONDS, FITS)  # what stands there that is no part of it
 
 FitTime = tuple[float, float, int]
@@ -126,14 +127,16 @@ def place_of(folder: Path) -> Place | None:
         place = Place(**content)
         if not all(isinstance(value, str) for value in content.values()):
             raise ValueError("it holds something else than texts")
+        if not place.name.startswith(_OURS):
+            raise ValueError(f"{place.name!r} is no study of gatl's")
         require_address(f"storage in {path}", place.storage)
         return place
 
 
 def _new_place(folder: Path, storage: str) -> Place:
-    """Choose and keep the name of a new study: a folder's name is none that others lack."""
+    """Choose and keep the name of a new study: other folders may be called the same."""
     name = f"{printable('/'.join(folder.parts[-3:]))[-200:]} {secrets.token_hex(8)}"
-    place = Place(storage, f"gatl {name}")
+    place = Place(storage, f"{_OURS}{name}")
     write_whole(folder / PLACE, f"{json.dumps(asdict(place))}\n".encode())
     return place
 

@@ -201,8 +201,9 @@ class Search:
             trial = begin(self._study, genes, self._distributions)
             if trial.number != number:  # in a database, which a copy of the folder leads to as well
                 raise UserError(
-                    f"The study {self._study.study_name!r} has lost trials or got others from "
-                    f"elsewhere: it has a trial {trial.number} where {number} should come next."
+                    f"The study {self._study.study_name!r} has a trial {trial.number} where "
+                    f"{number} should come next: it has lost trials, or got others from elsewhere, "
+                    "such as a copy of the run folder. Begin a new run."
                 )
             self._trials.append(trial)
             self._enqueue(trial)

@@ -29,7 +29,7 @@ from gatl.cli import compose
 from gatl.config import Config, StudyConfig, checked
 from gatl.errors import UserError
 from gatl.outcome import Outcome
-from gatl.record import begin, located, open_study, place_of, read_study, record_in, tell
+from gatl.record import Place, begin, located, open_study, place_of, read_study, record_in, tell
 from gatl.storage import Database, connected
 from gatl.trust import word_for
 
@@ -258,13 +258,14 @@ PLACES = {
     "no JSON": "{",
     "a list": "[]",
     "one text": '{"storage": "sqlite:////x.db"}',
-    "more": '{"storage": "sqlite:////x.db", "name": "a", "path": "b"}',
+    "more": '{"storage": "sqlite:////x.db", "name": "gatl a", "path": "b"}',
     "a number": '{"storage": "sqlite:////x.db", "name": 3}',
+    "the study of something else": '{"storage": "sqlite:////x.db", "name": "my study"}',
     "deep": "[" * 4000,
-    "long": '{"storage": "sqlite:////x.db", "name": "' + "a" * 5000 + '"}',
-    "a password": '{"storage": "postgresql://a:b@c/d", "name": "x"}',
-    "another scheme": '{"storage": "redis://a", "name": "x"}',
-    "braces": '{"storage": "postgresql://a@{0}/d", "name": "x"}',
+    "long": '{"storage": "sqlite:////x.db", "name": "gatl ' + "a" * 5000 + '"}',
+    "a password": '{"storage": "postgresql://a:b@c/d", "name": "gatl x"}',
+    "another scheme": '{"storage": "redis://a", "name": "gatl x"}',
+    "braces": '{"storage": "postgresql://a@{0}/d", "name": "gatl x"}',
 }
 
 
@@ -272,6 +273,9 @@ PLACES = {
 def test_a_hostile_study_json_is_one_line(tmp_path, text):
     (tmp_path / "study.json").write_text(text)
     assert "study.json" in message(place_of, tmp_path)
+    (tmp_path / "study.json").write_text('{"storage": "sqlite:////x.db", "name": "gatl x"}')
+    assert place_of(tmp_path) == Place("sqlite:////x.db", "gatl x")
+    (tmp_path / "study.json").write_text(text)
     assert "left out" in message(compare.read_runs, tmp_path)
 
 
