@@ -12,7 +12,8 @@ which waits for the disk. Prints a table; writes it to ``results=FILE``, by defa
 ``benchmarks/results/driver.json``.
 
 Options and their defaults: ``trials=10000 pop=50 repeats=3``, ``output=outputs/driver`` (a folder
-on the disk that is to be measured; it is emptied). Every other word is a Hydra override.
+on the disk that is to be measured; it is emptied). Every other word is a Hydra override: with
+``study.storage=URL``, `gatl`'s record is in a database, beside the journals of the others.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ from gatl.outcome import Outcome
 from gatl.progress import View
 from gatl.record import JOURNAL, OUTCOME, open_study
 from gatl.search import Search
+from gatl.storage import connected
 
 DEFAULTS = {
     **{"trials": "10000", "pop": "50", "repeats": "3", "output": "outputs/driver"},
@@ -149,8 +151,12 @@ def drive(config: Config, folder: Path) -> list[float]:
     """Search with `gatl`'s driver; return when each trial ended."""
     build = instantiate(config.search, _partial_=True, _convert_="all")
     strategy = build(space=config.space, seed=config.seed, initial=config.initial)
-    study, stop = open_study(folder, strategy), threading.Event()
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+    stop = threading.Event()
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        connected(config.study.storage) as database,
+    ):
+        study = open_study(folder, strategy, database)
         console = Console(file=nowhere, soft_wrap=True)
         shown = (config.n_trials, config.trainer.max_epochs, config.model.n_layers)
         with TimedView(console, *shown, strategy.generation) as view:
@@ -196,7 +202,8 @@ def search(name: str, config: Config, folder: Path) -> Timed:
     else:
         peer = RandomSampler(seed=config.seed)
         ends = ask_and_tell(config, folder, peer, attribute="no attribute" not in name)
-    return Timed(ends, (folder / JOURNAL).read_bytes().count(b"\n"))
+    journal = folder / JOURNAL
+    return Timed(ends, journal.read_bytes().count(b"\n") if journal.is_file() else 0)
 
 
 def milliseconds(ends: Sequence[float], size: int, stretch: int) -> list[float]:

@@ -73,6 +73,7 @@ def run(config: Config, folder: Path, again: Sequence[str] = (), name: str = "")
     from gatl.report import kept_fresh
     from gatl.search import Ending, Search
     from gatl.session import opened
+    from gatl.storage import StorageError
 
     console = new_console(name)
     left = again  # to be remembered
@@ -124,6 +125,8 @@ def run(config: Config, folder: Path, again: Sequence[str] = (), name: str = "")
             made = f"or make the model of what was found with\n  {command}"
             console.print(made, soft_wrap=True)
         raise
+    except StorageError as error:
+        raise StorageError(error.what, way_on(folder, *word_for(config), *left)) from error
     except OSError as error:
         if not is_unwritable(error):
             raise
@@ -173,26 +176,30 @@ def resume(folder: Path, overrides: Sequence[str], trusted: Collection[str]) -> 
     config = resumed(folder, overrides, trusted)
     from gatl.final import nothing_left
     from gatl.progress import new_console
-    from gatl.record import held, return_to_start
+    from gatl.record import held, located, return_to_start
 
     with held(folder):  # to be refused needs no torch
         if nothing_left(folder, config, overrides, new_console()):
             return
+    config = located(folder, config, trusted)
     return_to_start(folder)
     run(config, folder, overrides)
 
 
 def _check(config: Config) -> None:
-    """Look for the user's own images, and at the strategy's settings.
+    """Look for the user's own images and database, and at the strategy's settings.
 
     What is wrong there need not wait seconds for torch, or hours for the other jobs of a sweep.
     """
     require_arguments("data.source", config.data.source)
     if config.data.source["_target_"] == f"{image_folder.__name__}.{image_folder.load.__name__}":
         image_folder.find_splits(config.data.source["root"])
+    from gatl.storage import connected
     from gatl.strategies.build import build_strategy
 
     build_strategy(config)
+    with connected(config.study.storage):
+        pass
 
 
 def must_be_new(folder: Path) -> None:
@@ -201,11 +208,11 @@ def must_be_new(folder: Path) -> None:
     Raises:
         UserError: If so.
     """
-    from gatl.record import JOURNAL, held, resume_command
+    from gatl.record import held, record_in, resume_command
 
     if folder.is_dir():
         with held(folder):
-            if (folder / JOURNAL).exists():
+            if record_in(folder):
                 raise UserError(
                     f"{folder} holds a run already: go on with {resume_command(folder)} or give "
                     "another hydra.run.dir."
@@ -284,11 +291,13 @@ def main() -> None:
             resume(folder, [word for word in words if word not in folders], trusted)
         elif args.multirun:
             jobs = split_jobs(words)
-            for config in [checked(compose(overrides)) for overrides in jobs]:
+            configs = [checked(compose(overrides)) for overrides in jobs]
+            for config in configs:
                 _check(config)
             launcher = hydra_setting("hydra.launcher._target_", jobs[0]).rpartition(".")[2]
             if launcher == SLURM and shutil.which("sbatch") is None:
                 raise UserError("There is no sbatch here: start the sweep where SLURM takes jobs.")
+            databases = {config.study.storage or "" for config in configs}
             folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
             if launcher != BASIC:
                 sys.stdout.write(f"{printable(folder)}: {len(jobs)} jobs, by {launcher}\n")
@@ -297,21 +306,21 @@ def main() -> None:
                 with _hydra_raises(), _told_in_one_line(launcher, folder):
                     job()
             except UserError:  # of one job; the others are there
-                _compare(folder)
+                _compare(folder, databases)
                 raise
-            _compare(folder)
+            _compare(folder, databases)
         else:
             _check(checked(compose(words)))
             require_room(_use_new_folder("hydra.run.dir", words, words))
             job()
 
 
-def _compare(folder: Path) -> None:
+def _compare(folder: Path, databases: Collection[str]) -> None:
     """Put the runs of the sweep that has just ended beside one another, if they are several."""
     if len(list(folder.rglob("history.csv"))) > 1:
         from gatl.compare import compare
 
-        compare(folder)
+        compare(folder, databases)
 
 
 def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) -> Path:

@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.table import Table
 
@@ -24,22 +21,31 @@ from gatl.cli import folder_named, help_requested, one_line_errors
 from gatl.errors import UserError, printable
 from gatl.files import csv_of
 from gatl.progress import format_count, format_duration, new_console
-from gatl.record import JOURNAL, RESULT, outcome_of, require_sound, seconds_of, told_after
-from gatl.trust import read_yaml, require_inside
+from gatl.record import (
+    JOURNAL,
+    PLACE,
+    RESULT,
+    outcome_of,
+    read_study,
+    seconds_of,
+    told_after,
+)
+from gatl.trust import read_yaml, require_inside, words_of
 
 HELP = """\
 gatl.compare puts runs beside one another: those of a sweep, or all in a folder.
 Runs that differ by their seed alone are one group.
 
-  python -m gatl.compare runs=multirun/DATE/TIME
+  python -m gatl.compare runs=multirun/DATE/TIME [trust=URL,URL]
 
 It prints a table and saves it, with the best val_loss so far against trials and
 against time, as compare.html, compare.png and compare.csv in that folder. A
-sweep does so by itself at its end."""
+sweep does so by itself at its end. Runs whose record lies in a database are read
+if trust= names it."""
 
 MANY = 3
 """Overrides that differ, up to which they name the groups."""
-NO_DIFFERENCE = ("seed", "evaluator.workers", "logger", "cache", "hydra")
+NO_DIFFERENCE = ("seed", "evaluator.workers", "logger", "cache", "study", "hydra")
 """Overrides that make no other result, or tell repetitions apart."""
 COLUMNS = (
     *("group", "runs", "trials", "evaluations", "val_loss", "val_loss_sd"),
@@ -136,8 +142,12 @@ class Group:
         return seconds, np.reshape(best, (len(best), points))
 
 
-def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+def read_runs(folder: Path, trusted: Collection[str] = ()) -> tuple[list[Run], list[str]]:
     """Read every run folder in a folder, or the folder itself if it is one.
+
+    Args:
+        folder: The folder.
+        trusted: The databases that may be connected to.
 
     Returns:
         The runs, and a line for each that cannot be read.
@@ -146,12 +156,13 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         UserError: If there is none that can.
     """
     runs, left_out = [], []
-    for journal in sorted(folder.rglob(JOURNAL), key=lambda path: _natural(path.parent)):
+    records = {path.parent for name in (JOURNAL, PLACE) for path in folder.rglob(name)}
+    for run in sorted(records, key=_natural):
         try:
-            runs.append(_read(journal.parent))
+            runs.append(_read(run, trusted))
         except Exception as error:  # whatever stands in a broken run must not cost the others
             reason = " ".join(str(error).split())
-            line = f"left out: {journal.parent} ({type(error).__name__} {reason})"
+            line = f"left out: {run} ({type(error).__name__} {reason})"
             left_out.append(printable(line))
     if not runs:
         raise UserError(
@@ -172,7 +183,7 @@ def _yaml(path: Path) -> Any:  # noqa: ANN401
     return read_yaml(path) if path.is_file() else None
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path, trusted: Collection[str]) -> Run:
     require_inside(folder)
     overrides: dict[str, str] = {}
     for word in _yaml(folder / ".hydra" / "overrides.yaml") or ():
@@ -181,13 +192,9 @@ def _read(folder: Path) -> Run:
             overrides[key] = value
     hydra = _yaml(folder / ".hydra" / "hydra.yaml") or {}
     choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    trials, seconds = [], 0.0
-    if (folder / JOURNAL).stat().st_size:  # else it has only begun
-        storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-        study = optuna.load_study(study_name="gatl", storage=storage)
-        require_sound(study)
-        trials, seconds = study.get_trials(deepcopy=False), seconds_of(study)
+    with read_study(folder, trusted) as study:
+        trials = study.get_trials(deepcopy=False) if study else []
+        seconds = seconds_of(study) if study else 0.0
     ended = [trial for trial in trials if trial.state.is_finished()]
     losses = [
         trial.values[0] if trial.state is TrialState.COMPLETE else math.inf for trial in ended
@@ -445,13 +452,17 @@ def save(heading: str, groups: Sequence[Group], folder: Path, left_out: Sequence
         raise UserError(f"{folder} cannot be written to: {error.strerror}.") from error
 
 
-def compare(folder: Path) -> None:
+def compare(folder: Path, trusted: Collection[str] = ()) -> None:
     """Compare the runs in a folder: print the table, save page, picture and table.
+
+    Args:
+        folder: The folder.
+        trusted: See `read_runs`.
 
     Raises:
         UserError: If there is nothing to compare.
     """
-    runs, left_out = read_runs(folder)
+    runs, left_out = read_runs(folder, trusted)
     heading, groups = grouped(runs)
     left_out = [*_mixed_data(runs), *left_out]
     console = new_console()
@@ -475,6 +486,7 @@ def main() -> None:
     if help_requested(words, HELP):
         return
     with one_line_errors():
+        trusted, words = words_of(words)
         if len(words) != 1 or not words[0].startswith("runs="):
             raise UserError(
                 "Give one folder of runs: python -m gatl.compare runs=multirun/DATE/TIME"
@@ -482,7 +494,7 @@ def main() -> None:
         folder = folder_named(words[0].removeprefix("runs="))
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give runs=multirun/DATE/TIME.")
-        compare(folder)
+        compare(folder, trusted)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ GROUPS = (
     "final",
     "cache",
 )
+OPTIONAL = ("pruner", "study")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 SE_CHOICES = {"placement": ("block", "layer", "none"), "init": ("identity", "kaiming")}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
@@ -352,6 +353,20 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """Where the record of the search is kept."""
+
+    storage: str | None = None  # None: in the run folder
+
+    def __post_init__(self) -> None:
+        """Check the database's address."""
+        if self.storage is not None:
+            from gatl.storage import require_address  # it needs Optuna, which takes a while
+
+            require_address("study.storage", self.storage)
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that one run is told."""
 
@@ -369,6 +384,7 @@ class Config:
     final: FinalConfig
     cache: CacheConfig
     pruner: PrunerConfig | None = None  # None: every fit runs to its end
+    study: StudyConfig = StudyConfig()
 
     def __post_init__(self) -> None:
         """Check what spans several groups."""
@@ -560,8 +576,9 @@ def checked(composed: DictConfig) -> Config:
         if key not in cfg:
             raise UserError(f"{key} is required: give {key}=VALUE.")
     for name in map(str, cfg):
-        if name not in ("seed", "resume", "trust", *GROUPS, "pruner"):
-            raise UserError(f"{name} is no setting; there are seed, {', '.join(GROUPS)}, pruner.")
+        if name not in ("seed", "resume", "trust", *GROUPS, *OPTIONAL):
+            known = ", ".join(("seed", *GROUPS, *OPTIONAL))
+            raise UserError(f"{name} is no setting; there are {known}.")
     with resolving():
         _fill_elites(cfg.ga)
         OmegaConf.resolve(cfg)
@@ -606,4 +623,5 @@ def checked(composed: DictConfig) -> Config:
         final=_section(FinalConfig, cfg.final, "final"),
         cache=_section(CacheConfig, cfg.cache, "cache"),
         pruner=_section(PrunerConfig, cfg.pruner, "pruner") if cfg.get("pruner") else None,
+        study=_section(StudyConfig, cfg.get("study") or OmegaConf.create(), "study"),
     )

@@ -36,17 +36,21 @@ from gatl.progress import describe_genes, new_console
 from gatl.ranking import incumbent
 from gatl.record import (
     JOURNAL,
+    PLACE,
     RESULT,
     History,
     final_command,
     held,
+    located,
     outcome_of,
+    record_in,
     remove_scratch,
     resume_command,
     return_to_start,
     seconds_of,
 )
 from gatl.report import REPORT, kept_fresh, make
+from gatl.storage import StorageError
 from gatl.trust import word_for, words_of
 
 if TYPE_CHECKING:  # torch takes seconds, which a typing error need not wait for
@@ -63,7 +67,8 @@ the best chromosomes again, retrains the winner and tests it.
 
 The overrides may change budget, evaluator, logger, final and cache, for example
 final.top_k, final.seeds, final.max_epochs, final.patience, evaluator.workers.
-A folder of somebody else's may run no code but gatl's and what trust= names."""
+A folder of somebody else's may run no code but gatl's and what trust= names, and
+connect to no database but one that trust= names."""
 
 
 def finish(session: "Session") -> float:
@@ -87,6 +92,7 @@ def finish(session: "Session") -> float:
     before = _result(folder).get("tests")
     n_tests = (before if isinstance(before, int) else 0) + 1  # of this run, this one included
     record = session.study.get_trials(deepcopy=False)
+    searched = seconds_of(session.study)
     best = incumbent(record)
     ended = [trial for trial in record if trial.state.is_finished()]
     if not ended:
@@ -118,7 +124,7 @@ def finish(session: "Session") -> float:
             f"The final training failed: {reason(error)} (see {folder / 'final' / 'error.txt'}). "
             f"When that is mended, go on with: {final_command(folder, *trust)}"
         ) from error
-    seconds = seconds_of(session.study) + time.monotonic() - started
+    seconds = searched + time.monotonic() - started
     result = {
         "best": {
             "genes": winner.genes,
@@ -267,7 +273,7 @@ def _report(folder: Path, console: Console) -> None:
 
 def _whereabouts(folder: Path, config: Config) -> str:
     """Say where everything lies and what can be done with it, to be copied."""
-    page, run, trust = folder / REPORT, f"run={folder}", word_for(config)
+    page, run, trust = folder / REPORT, f"run={folder}", word_for(config, record=False)
     read = ["webbrowser", page.absolute().as_uri()] if page.is_file() else ["gatl.report", run]
     commands = (
         read,
@@ -309,12 +315,13 @@ def main() -> None:
             raise UserError("Give one run folder: python -m gatl.final run=outputs/DATE/TIME")
         folder = folder_named(given[0].removeprefix("run="))
         config = resumed(folder, overrides, trusted)
-        if not (folder / JOURNAL).is_file():
-            raise UserError(f"{folder} holds no search yet: it has no {JOURNAL}.")
+        if record_in(folder) is None:
+            raise UserError(f"{folder} holds no search yet: it has neither {JOURNAL} nor {PLACE}.")
         console = new_console()
         with held(folder):  # to be refused needs no torch
             if nothing_left(folder, config, overrides, console):
                 return
+        config = located(folder, config, trusted)
         from gatl.session import opened
 
         return_to_start(folder)
@@ -329,6 +336,9 @@ def main() -> None:
             command = final_command(folder, *word_for(config))
             console.print(f"Stopped. Go on with\n  {command}", soft_wrap=True)
             raise
+        except StorageError as error:
+            command = final_command(folder, *overrides, *word_for(config))
+            raise StorageError(error.what, f"go on with {command}") from error
         except OSError as error:
             if not is_unwritable(error):
                 raise

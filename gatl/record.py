@@ -1,4 +1,4 @@
-"""The record of a search: an Optuna study in the run folder, and ``history.csv``.
+"""The record of a search: an Optuna study, in the run folder or a database, and ``history.csv``.
 
 One driver holds the run folder. Only then may it mend what a killed one left:
 a stale lock of the journal, and a last line that is torn.
@@ -10,32 +10,39 @@ import fcntl
 import itertools
 import json
 import os
+import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gatl.chromosome import Value
-from gatl.errors import UserError
-from gatl.files import csv_of, writing
+from gatl.config import Config, StudyConfig
+from gatl.errors import UserError, printable
+from gatl.files import csv_of, write_whole, writing
 from gatl.outcome import LARGEST, Outcome, fitness
+from gatl.storage import Database, connected, require_address
 from gatl.trust import read_yaml, whole
 
 JOURNAL = "study.journal"
+PLACE = "study.json"  # in its place, where the study lies in a database
 HISTORY = "history.csv"
 RESULT = "result.json"
 IMAGES, FEATURES = ".images", ".features"  # while a run lasts
 OUTCOME = "outcome"  # the trial's user attribute
 SECONDS = "seconds"  # the study's user attribute, and in a trial's outcome: the search's so far
 FITS = "fits"  # in a trial's outcome
+_MAX_PLACE = 4096  # characters
+_OURS = "gatl "  # with it the name of each study in a database begins
 _BESIDE = (SECONDS, FITS)  # what stands there that is no part of it
 
 FitTime = tuple[float, float, int]
@@ -65,15 +72,15 @@ def held(folder: Path) -> Iterator[None]:
 
 def run_folder_of(folder: Path) -> Path:
     """Return the run folder in which a fit's folder lies."""
-    return next((p for p in folder.parents if (p / JOURNAL).is_file()), folder.parent)
+    return next((p for p in folder.parents if record_in(p)), folder.parent)
 
 
 def identity(run: Path) -> str:
     """Return what no other run has: its record's first line, which names the process."""
-    journal = run / JOURNAL
-    if not journal.is_file():
+    record = record_in(run)
+    if record is None:
         return str(run.resolve())
-    with journal.open(encoding="utf-8", errors="replace") as file:
+    with record.open(encoding="utf-8", errors="replace") as file:
         return file.readline()
 
 
@@ -89,9 +96,86 @@ def final_command(folder: Path, *words: str) -> str:
 
 def way_on(folder: Path, *overrides: str) -> str:
     """Say how to go on with a run; one that has no record yet begins anew."""
-    if not (folder / JOURNAL).exists():
+    if record_in(folder) is None:
         return "start the run again."
     return f"go on with {resume_command(folder, *overrides)}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study lies in a database: what `PLACE` holds.
+
+    Attributes:
+        storage: The URL of the database.
+        name: The study's, which no other in that database has.
+    """
+
+    storage: str
+    name: str
+
+    def __str__(self) -> str:
+        """Name it in a message."""
+        return f"The study {self.name!r} in {self.storage}"
+
+
+def record_in(folder: Path) -> Path | None:
+    """Return the file of a run folder that is its record, or says where that is.
+
+    The first line of either is no other run's. None if the run has no record yet.
+    """
+    return next((folder / name for name in (PLACE, JOURNAL) if (folder / name).is_file()), None)
+
+
+def place_of(folder: Path) -> Place | None:
+    """Return where the study of a run lies, if in a database.
+
+    Raises:
+        UserError: If the file that says so is damaged.
+    """
+    path = folder / PLACE
+    if not path.is_file():
+        return None
+    with whole(path):
+        with path.open(encoding="utf-8") as file:
+            content = json.loads(file.read(_MAX_PLACE))
+        place = Place(**content)
+        if not all(isinstance(value, str) for value in content.values()):
+            raise ValueError("it holds something else than texts")
+        if not place.name.startswith(_OURS):
+            raise ValueError(f"{place.name!r} is no study of gatl's")
+        require_address(f"storage in {path}", place.storage)
+        return place
+
+
+def _new_place(folder: Path, storage: str) -> Place:
+    """Choose and keep the name of a new study: other folders may be called the same."""
+    name = f"{printable('/'.join(folder.parts[-3:]))[-200:]} {secrets.token_hex(8)}"
+    place = Place(storage, f"{_OURS}{name}")
+    write_whole(folder / PLACE, f"{json.dumps(asdict(place))}\n".encode())
+    return place
+
+
+def located(folder: Path, config: Config, trusted: Collection[str]) -> Config:
+    """Return a configuration with the place of the record of a run that goes on.
+
+    Args:
+        folder: The run folder.
+        config: Its configuration.
+        trusted: What the user has said to trust; a folder by itself connects to nothing.
+
+    Raises:
+        UserError: If the record lies in a database that is not among that.
+    """
+    record, place = record_in(folder), place_of(folder)
+    storage = place.storage if place else None if record else config.study.storage
+    _require_trusted(folder, storage, trusted)
+    return replace(config, study=StudyConfig(storage))
+
+
+def _require_trusted(folder: Path, storage: str | None, trusted: Collection[str]) -> None:
+    if storage is not None and storage not in trusted:
+        word = shlex.quote(f"trust={storage}")
+        raise UserError(f"The record of {folder} lies in {storage}: give {word} to connect.")
 
 
 def remove_scratch(folder: Path) -> None:
@@ -152,31 +236,86 @@ class _Journal(JournalFileBackend):
                 raise
 
 
-def open_study(folder: Path, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+def open_study(
+    folder: Path, sampler: optuna.samplers.BaseSampler, database: Database | None = None
+) -> optuna.Study:
     """Open the study of a run folder that this process holds, or create it.
 
     Args:
         folder: The run folder, see `held`.
         sampler: The search strategy.
+        database: Where the study is to be, or is already; else it is in the folder.
 
     Returns:
-        The study ``gatl``; it minimises val_loss.
+        The study, in the folder called ``gatl``; it minimises val_loss.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if database is not None:
+        place = place_of(folder) or _new_place(folder, database.address)
+        with whole(place):
+            if (folder / HISTORY).exists():  # which is begun behind the study
+                _require_there(database, place, folder)
+            return _sound(database, place.name, sampler)
     journal = folder / JOURNAL
     _mend(journal)
     with whole(journal):
-        storage = JournalStorage(_Journal(str(journal)))
-        study = optuna.create_study(
-            storage=storage,
-            study_name="gatl",
-            sampler=sampler,
-            pruner=optuna.pruners.NopPruner(),
-            direction="minimize",
-            load_if_exists=True,
-        )
-        require_sound(study)
-        return study
+        return _sound(JournalStorage(_Journal(str(journal))), "gatl", sampler)
+
+
+def _sound(storage: BaseStorage, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    study = optuna.create_study(
+        storage=storage,
+        study_name=name,
+        sampler=sampler,
+        pruner=optuna.pruners.NopPruner(),
+        direction="minimize",
+        load_if_exists=True,
+    )
+    require_sound(study)
+    return study
+
+
+def _require_there(database: Database, place: Place, folder: Path) -> None:
+    """Refuse to begin a search anew in the folder of one whose record is gone."""
+    try:
+        database.get_study_id_from_name(place.name)
+    except KeyError as error:
+        raise UserError(
+            f"{place} is gone, which is the record of {folder}: restore it, or begin a new run."
+        ) from error
+
+
+@contextlib.contextmanager
+def read_study(folder: Path, trusted: Collection[str]) -> Iterator[optuna.Study | None]:
+    """Open the study of a run folder to read it, though another process may hold the folder.
+
+    Args:
+        folder: The run folder, which has a record.
+        trusted: See `located`.
+
+    Yields:
+        The study; None if the run has only begun.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if (place := place_of(folder)) is not None:
+        _require_trusted(folder, place.storage, trusted)
+        with connected(place.storage, new=False) as database:
+            assert database is not None
+            try:
+                study = optuna.load_study(study_name=place.name, storage=database)
+            except KeyError:
+                yield None
+                return
+            require_sound(study)
+            yield study
+        return
+    if not (folder / JOURNAL).stat().st_size:
+        yield None
+        return
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    study = optuna.load_study(study_name="gatl", storage=storage)
+    require_sound(study)
+    yield study
 
 
 def require_sound(study: optuna.Study) -> None:
@@ -188,7 +327,9 @@ def require_sound(study: optuna.Study) -> None:
     if study.directions != [StudyDirection.MINIMIZE]:
         raise ValueError("the study does not minimise one value")
     numbers = [study.user_attrs.get(SECONDS, 0.0)]
-    for trial in study.get_trials(deepcopy=False):
+    for number, trial in enumerate(study.get_trials(deepcopy=False)):
+        if trial.number != number:  # a database takes any
+            raise ValueError(f"trial {number} is not there")
         kept = trial.user_attrs.get(OUTCOME, {})
         outcome = Outcome.from_json({name: kept[name] for name in kept if name not in _BESIDE})
         numbers += [kept.get(SECONDS, 0.0), *trial.params.values()]
@@ -200,9 +341,9 @@ def require_sound(study: optuna.Study) -> None:
             raise ValueError(f"trial {trial.number} is COMPLETE without a val_loss")
         if trial.state is TrialState.WAITING:
             raise ValueError(f"trial {trial.number} is WAITING")
-    for number in numbers:
-        if not (type(number) in (int, float) and abs(number) <= LARGEST):
-            raise ValueError(f"it holds the number {number!r}")
+    for value in numbers:
+        if not (type(value) in (int, float) and abs(value) <= LARGEST):
+            raise ValueError(f"it holds the number {value!r}")
 
 
 def require_genes(study: optuna.Study, distributions: Mapping[str, BaseDistribution]) -> None:

@@ -198,8 +198,15 @@ class Search:
             record, between = self._trials[:horizon], self._trials[horizon:]
             pending = [self._space.from_dict(trial.params) for trial in between]
             genes = self._space.to_dict(self._strategy.propose(number, record, pending))
-            self._trials.append(begin(self._study, genes, self._distributions))
-            self._enqueue(self._trials[number])
+            trial = begin(self._study, genes, self._distributions)
+            if trial.number != number:  # in a database, which a copy of the folder leads to as well
+                raise UserError(
+                    f"The study {self._study.study_name!r} has a trial {trial.number} where "
+                    f"{number} should come next: it has lost trials, or got others from elsewhere, "
+                    "such as a copy of the run folder. Begin a new run."
+                )
+            self._trials.append(trial)
+            self._enqueue(trial)
         self._longest_first()
 
     def _enqueue(self, trial: FrozenTrial) -> None:

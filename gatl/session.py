@@ -39,12 +39,14 @@ from gatl.progress import advancing
 from gatl.record import (
     FEATURES,
     IMAGES,
-    JOURNAL,
     held,
     open_study,
+    place_of,
+    record_in,
     remove_scratch,
     require_genes,
 )
+from gatl.storage import connected
 from gatl.strategies.base import Strategy
 from gatl.strategies.build import build_strategy
 from gatl.targets import require_arguments
@@ -113,7 +115,11 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
     network = _largest_network(config)
     report = load_pretrained(config, network)
     images, features = folder / IMAGES, folder / FEATURES
-    with held(folder), _on_signals(signal.default_int_handler):  # nothing to lose at first
+    with (
+        held(folder),
+        connected(config.study.storage) as database,
+        _on_signals(signal.default_int_handler),  # nothing to lose at first
+    ):
         try:
             remove_scratch(folder)  # of a run that was killed
             source = instantiate(config.data.source)
@@ -131,16 +137,16 @@ def opened(config: Config, folder: Path, console: Console) -> Iterator[Session]:
             console.print(f"Data: {config.data.name} · {describe(data)}")
             for line in filter(None, (*left_out(data), repeated(data))):
                 console.print(f"  {line}", soft_wrap=True)
-            if (folder / JOURNAL).exists() and not (folder / MANIFEST).exists():
+            if record_in(folder) and not (folder / MANIFEST).exists():
                 console.print(f"{MANIFEST} is gone: the images may be others, and nobody knows")
             keep_or_compare(data, folder)
             console.print(f"Weights: {config.model.weights}, {report or 'all starts random'}")
             data = _with_features(config, data, network, report, features, console)
-            study = open_study(folder, strategy)
+            study = open_study(folder, strategy, database)
             # The configuration is Hydra's, which does not wait for the disk; no record without it.
             for path in (*folder.glob(".hydra/*"), *folder.glob(".hydra"), folder):
                 sync(path)
-            with whole(folder / JOURNAL):
+            with whole(place_of(folder) or record_in(folder)):
                 require_genes(study, strategy.distributions())
             stop, cut = threading.Event(), multiprocessing.get_context("spawn").Event()
             evaluator = evaluator_class(config, data, cut)

@@ -37,7 +37,7 @@ _LOCK = "study.journal.lock"  # Optuna's, a link; a killed driver leaves it
 _FOLDERS = frozenset({".features", ".hydra", ".images", "final", "search", "trials"})
 _FILES = frozenset(
     {_LOCK, "MODEL_CARD.md", "best.ckpt", "classes.json", "history.csv", "images.csv", "model.onnx"}
-    | {"report.html", "result.json", "study.journal"}
+    | {"report.html", "result.json", "study.journal", "study.json"}
 )
 _TARGET = "_target_"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # commands to a terminal
@@ -54,10 +54,19 @@ def words_of(words: Collection[str]) -> tuple[frozenset[str], list[str]]:
     return frozenset(filter(None, names)), [word for word in words if word not in given]
 
 
-def word_for(config: Config) -> list[str]:
-    """Return the ``trust=`` with which a run of this configuration can go on; often none."""
-    foreign = sorted({name for _, name in _foreign(asdict(config))} | _addresses(config))
-    return [f"trust={','.join(foreign)}"] if foreign else []
+def word_for(config: Config, *, record: bool = True) -> list[str]:
+    """Return the ``trust=`` with which a run of this configuration can go on; often none.
+
+    Args:
+        config: The configuration.
+        record: Whether its record and its evaluator are needed, which may lie elsewhere.
+    """
+    names = sorted({name for _, name in _foreign(asdict(config))})
+    if record:
+        names += sorted(_addresses(config)) + (
+            [config.study.storage] if config.study.storage else []
+        )
+    return [f"trust={','.join(names)}"] if names else []
 
 
 def read_yaml(path: Path) -> Any:  # noqa: ANN401
@@ -90,8 +99,12 @@ def read_yaml(path: Path) -> Any:  # noqa: ANN401
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong with a file of a run folder into a `UserError`."""
+def whole(path: object) -> Iterator[None]:
+    """Turn whatever goes wrong with a file of a run folder into a `UserError`.
+
+    Args:
+        path: The file, or what else is read; it is named in the message.
+    """
     try:
         yield
     except (UserError, MemoryError):

@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 import gatl.conf
 from gatl.cli import compose, parse
@@ -27,8 +28,9 @@ from gatl.config import checked
 from gatl.errors import UserError
 from gatl.evaluation import RUNG, Fit, fit_seed
 from gatl.outcome import Outcome
-from gatl.record import open_study, outcome_of, seconds_of
+from gatl.record import begin, open_study, outcome_of, seconds_of
 from gatl.search import Ending, Search
+from gatl.storage import Database, connected
 from gatl.streams import Purpose
 
 CONF = Path(gatl.conf.__file__).parent
@@ -192,13 +194,20 @@ class Spy:
 class Run:
     """One session of a search over a folder."""
 
-    def __init__(self, folder: Path, evaluator=None, view=None, overrides: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        evaluator=None,
+        view=None,
+        overrides: Sequence[str] = (),
+        database: Database | None = None,
+    ):
         self.config = configured(*OVERRIDES, *overrides)
         self.folder = folder
         self.strategy = instantiate(self.config.search, _partial_=True, _convert_="all")(
             space=self.config.space, seed=self.config.seed, initial=self.config.initial
         )
-        self.study = open_study(folder, self.strategy)
+        self.study = open_study(folder, self.strategy, database)
         self.evaluator = evaluator or FakeEvaluator()
         self.view = view or Spy()
         self.stop = threading.Event()
@@ -919,6 +928,65 @@ def test_cut_anywhere_in_the_journal_a_halved_search_resumes_to_the_same(tmp_pat
         assert [{**row, "duration_s": ""} for row in rows(again.history)] == [
             {**row, "duration_s": ""} for row in rows(run.history)
         ]
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_any_commit_to_a_database_it_resumes_to_the_same_history(tmp_path, step):
+    """What a kill leaves is the commits before it, each whole: of a trial, of its rung, its end."""
+    overrides = [*HALVING[:2], "trainer.max_epochs=3", "ga.pop=3", "ga.generations=2"]
+    overrides += ["ga.n_elites=1"]
+
+    def learnt(fit):
+        return replace(plain(fit), val_loss=loss_of(replace(fit, epochs=1)))
+
+    def search(name, database, kill_at=None):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        run = Run(folder, FakeEvaluator(evaluate=learnt), None, overrides, database)
+        commits, changes = itertools.count(), 0
+
+        def committing(connection):
+            nonlocal changes
+            written = connection.connection.total_changes
+            if written > changes and next(commits) == kill_at:
+                raise Killed
+            changes = written
+
+        if kill_at is not None:
+            event.listen(database.engine, "commit", committing)
+            with pytest.raises(Killed):
+                run()
+            event.remove(database.engine, "commit", committing)
+        else:
+            assert run() is Ending.COMPLETE
+        return run
+
+    expected = search("journal", None)
+    n_commits = (tmp_path / "journal" / "study.journal").read_bytes().count(b"\n") - 1
+    assert n_commits > 5 * len(expected.trials)  # each with a rung
+    with connected(f"sqlite:///{tmp_path}/studies.db") as database:
+        with database.engine.connect() as only:  # the pool has no other
+            only.exec_driver_sql("PRAGMA synchronous = OFF")
+        for k in range(0, n_commits, step):
+            search(str(k), database, k)
+            again = search(str(k), database)
+            assert again.history == expected.history
+            assert [t.params for t in again.trials] == [t.params for t in expected.trials]
+            assert [t.values for t in again.trials] == [t.values for t in expected.trials]
+
+
+def test_two_drivers_of_one_study_are_noticed(tmp_path):
+    """A copy of the folder leads to the same study in the database."""
+    with connected(f"sqlite:///{tmp_path}/studies.db") as database:
+        run = Run(tmp_path, overrides=["ga.pop=3", "ga.generations=2"], database=database)
+
+        def interfere():
+            trial = run.trials[0]
+            begin(open_study(tmp_path, run.strategy, database), trial.params, trial.distributions)
+
+        run.view = run.search._view = Spy(2, interfere)
+        with pytest.raises(UserError, match="a trial 4 where 3 should come next"):
+            run()
 
 
 def test_an_equal_of_a_stopped_trial_is_stopped_with_it_and_runs_again_later(tmp_path):
