@@ -206,7 +206,7 @@ MESSAGES = {
     ("~final.seeds",): "final.seeds is required: give final.seeds=VALUE.",
     ("+sed=1",): (
         "sed is no setting; there are seed, data, model, space, search, ga, trainer, evaluator, "
-        "logger, budget, final, cache, pruner."
+        "logger, budget, final, cache, pruner, study."
     ),
     ("+ga.size=1",): (
         "ga.size is no setting: ga has mode, pop, generations, tournament_size, crossover_prob, "
