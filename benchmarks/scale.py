@@ -6,17 +6,18 @@ First the driver is measured: gatl's own, with fits that take no time, for each 
 workers: its CPU time a trial, and how long a write waits for the disk. Then it searches a recorded
 landscape (see `simulator`) on a simulated clock on which a fit takes what was recorded, times
 ``hours`` in a second round, and the driver takes the CPU time measured and ``write`` milliseconds
-for each of its writes (other work on the disk tells in what was measured). Every
-worker has ``each`` trials, with at most ``most`` in all; the settings follow the workers (see
-`settings`). ``before=FILE`` is an earlier result, with whose driver the genetic algorithm searches
-as well; beyond the numbers of workers that it has, its CPU time is extrapolated linearly.
+for each of its writes (other work on the disk tells in what was measured). Every worker has
+``each`` trials, with at most ``most`` in all; the settings follow the workers (see `settings`).
+``before=FILE`` is an earlier result, with whose driver the genetic algorithm searches as well;
+beyond the numbers of workers that it has, its CPU time is extrapolated linearly.
 
-Prints tables, draws ``plot=FILE`` and writes ``results=FILE``, by default
-``benchmarks/results/scale.json``.
+What is done is kept in ``output``, and the same command goes on with it. Prints tables, draws
+``plot=FILE`` and writes ``results=FILE``, by default ``benchmarks/results/scale.json``.
 
 Options and their defaults: ``workers=1,8,64,512,4096 seeds=3`` (one from ``few=512`` workers on)
 ``each=8 most=8192 slow=512`` (trials of ``tpe``, which thinks the longer the more there are),
-``write=1 hours=150 name=flowers5 only=search`` (or ``driver``, to measure alone) ``before=``.
+``write=1 hours=150 name=flowers5 only=search`` (or ``driver``, to measure alone) ``before=
+output=outputs/scale.json``.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,7 +68,11 @@ DEFAULTS = {
         "only": "search",
         "before": "",
     },
-    **{"plot": "docs/scale.png", "results": str(RESULTS / "scale.json")},
+    **{
+        "output": "outputs/scale.json",
+        "plot": "docs/scale.png",
+        "results": str(RESULTS / "scale.json"),
+    },
 }
 STRATEGIES = (
     *("genetic", "genetic, steady state", "genetic, steady state, twice the lag"),
@@ -84,7 +89,7 @@ def settings(strategy: str, n_workers: int) -> list[str]:
 
     A population, and so a generation, has as many trials as there are workers, at least the
     default's 12; what a trial may not know yet, ``lag``, is as many, at least the default, or
-    twice that.
+    twice that. Random search needs to know nothing.
     """
     pop, lag = max(12, n_workers), max(4, n_workers)
     return {
@@ -97,7 +102,7 @@ def settings(strategy: str, n_workers: int) -> list[str]:
             *("search=regularized_evolution", f"search.population_size={pop}"),
             f"search.lag={lag}",
         ],
-        "random": ["search=random", f"search.lag={max(15, n_workers)}"],
+        "random": ["search=random", f"search.lag={8 * lag}"],
         "tpe": ["search=tpe", f"search.lag={lag}"],
     }[strategy]
 
@@ -146,18 +151,32 @@ def main() -> None:
     if given["only"] not in ("search", "driver"):
         raise UserError(f"only must be search or driver, but got {given['only']}.")
     (name,) = simulator.named(given["name"])
-    measured = {str(w): driver_time(w, min(max(300, 2 * w), 6144)) for w in n_workers}
-    result: dict[str, Any] = {"driver": measured}
+    output = Path(given["output"])
+    result: dict[str, Any] = json.loads(output.read_text()) if output.is_file() else {}
+    result.setdefault("driver", {})
+    for w in n_workers:
+        if str(w) not in result["driver"]:
+            result["driver"][str(w)] = driver_time(w, min(max(300, 2 * w), 4096))
+            keep(output, result)
     if given["before"]:
         earlier = json.loads(Path(given["before"]).read_text())["driver"]
         result["driver_before"] = extended(earlier, n_workers)
     if given["only"] == "search":
         landscape = strategies.landscape_of(name, "trees")
         result |= {"landscape": name, **n, "hours": hours, "write_ms": write}
-        result |= searches(landscape, n_workers, n, hours, result)
+        result.setdefault("rows", [])
+        for row in searches(landscape, n_workers, n, hours, result):
+            result["rows"].append(row)
+            keep(output, result)
         draw(result, Path(given["plot"]))
     write_json(Path(given["results"]), {**origin(), **result})
     print(markdown(result))
+
+
+def keep(path: Path, result: Mapping[str, Any]) -> None:
+    """Keep what is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
 
 
 def driver_time(n_workers: int, n_trials: int) -> dict[str, float]:
@@ -225,14 +244,14 @@ def searches(
     n_workers: Sequence[int],
     n: Mapping[str, int],
     hours: int,
-    result: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Search with every strategy and number of workers; return the rows."""
-    recalled, optimum, rows = Recalled(landscape), landscape.optimum, []
-    few = min(result["driver"].values(), key=lambda found: found["cpu_ms"])
-    fastest = time_of(few, result["write_ms"])
+    result: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Search with every strategy and number of workers where ``result`` lacks it; yield rows."""
+    recalled, optimum = Recalled(landscape), landscape.optimum
+    keys = ("workers", "strategy", "driver", "factor", "trials")
+    done = {tuple(row[key] for key in keys) for row in result["rows"]}
     budget = configured("random", REFERENCE, n["each"] * REFERENCE, landscape, 0)
-    until = max(simulator.searched(budget, recalled, REFERENCE, fastest)[1])
+    until = result["until"] = max(simulator.searched(budget, recalled, REFERENCE)[1])
     for workers, strategy in itertools.product(n_workers, STRATEGIES):
         n_trials = min(n["each"] * workers, n["most"])
         if strategy == "tpe" and n_trials > n["slow"]:
@@ -242,6 +261,8 @@ def searches(
             rounds += [("after", hours)]
             rounds += [("before", 1)] if str(workers) in result.get("driver_before", {}) else []
         for which, factor in rounds:
+            if (workers, strategy, which, factor, n_trials) in done:
+                continue
             measured = result["driver" if which == "after" else "driver_before"][str(workers)]
             found = []
             for seed in range(n["seeds"] if workers < n["few"] else 1):
@@ -257,15 +278,11 @@ def searches(
                 ]
                 figures["regret"] = regret(best, landscape, optimum)
                 found.append(figures)
-            rows.append(
-                {
-                    **{"workers": workers, "strategy": strategy, "driver": which},
-                    **{"factor": factor, "trials": n_trials},
-                    **{key: [one[key] for one in found] for key in found[0]},
-                }
-            )
-            print(rows[-1], file=sys.stderr)
-    return {"until": until, "rows": rows}
+            print(f"{workers} workers, {strategy}, {n_trials} trials", file=sys.stderr)
+            yield {
+                **dict(zip(keys, (workers, strategy, which, factor, n_trials), strict=True)),
+                **{key: [one[key] for one in found] for key in found[0]},
+            }
 
 
 def configured(
