@@ -14,7 +14,8 @@ beyond the numbers of workers that it has, its CPU time is extrapolated linearly
 What is done is kept in ``output``, and the same command goes on with it. Prints tables, draws
 ``plot=FILE`` and writes ``results=FILE``, by default ``benchmarks/results/scale.json``.
 
-Options and their defaults: ``workers=1,8,64,512,4096 seeds=3`` (one from ``few=512`` workers on)
+Options and their defaults: ``workers=1,8,64,512,4096 seeds=3`` (one from ``few=512`` workers on,
+and with more than that the genetic algorithm alone, since each of these searches takes a minute)
 ``each=8 most=8192 slow=512`` (trials of ``tpe``, which thinks the longer the more there are),
 ``write=1 hours=150 name=flowers5 only=search`` (or ``driver``, to measure alone) ``before=
 output=outputs/scale.json``.
@@ -254,7 +255,8 @@ def searches(
     until = result["until"] = max(simulator.searched(budget, recalled, REFERENCE)[1])
     for workers, strategy in itertools.product(n_workers, STRATEGIES):
         n_trials = min(n["each"] * workers, n["most"])
-        if strategy == "tpe" and n_trials > n["slow"]:
+        slow = strategy == "tpe" and n_trials > n["slow"]
+        if slow or (workers > n["few"] and not strategy.startswith("genetic")):
             continue
         rounds = [("after", 1)]
         if strategy == "genetic" and workers >= n["few"]:
