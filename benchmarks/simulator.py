@@ -380,7 +380,8 @@ class SimulatedEvaluator:
 
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Put the clock to where the first fit ends, and return that."""
-        self.now, key, outcome = heapq.heappop(self._running)
+        end, key, outcome = heapq.heappop(self._running)
+        self.now = max(self.now, end)  # a driver that is behind comes later
         return [(key, outcome)]
 
     def epochs_done(self, key: int) -> float:
@@ -419,8 +420,41 @@ class Clocked(View):
         """Show nothing."""
 
 
+class DriverTime(NamedTuple):
+    """What the driver takes, one trial after another: simulated seconds.
+
+    Attributes:
+        begin: To choose and record a trial.
+        take: To take and record an outcome, be it of a rung.
+    """
+
+    begin: float
+    take: float
+
+
+class Paced(optuna.storages.InMemoryStorage):
+    """A record at which the driver's time passes on the simulated clock."""
+
+    def __init__(self, evaluator: SimulatedEvaluator, driver: DriverTime) -> None:
+        super().__init__()
+        self._evaluator, self._driver = evaluator, driver
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Begin a trial."""
+        self._evaluator.now += self._driver.begin
+        return super().create_new_trial(study_id, template_trial)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:  # noqa: ANN401
+        """Take an outcome."""
+        self._evaluator.now += self._driver.take
+        super().set_trial_user_attr(trial_id, key, value)
+
+
 def searched(
-    config: Config, landscape: Landscape, n_workers: int
+    config: Config,
+    landscape: Landscape,
+    n_workers: int,
+    driver: DriverTime = DriverTime(0.0, 0.0),  # noqa: B008 - a tuple of numbers
 ) -> tuple[list[FrozenTrial], list[float]]:
     """Search a landscape with gatl's driver, the record in memory.
 
@@ -428,6 +462,7 @@ def searched(
         config: The run's configuration, with ``trainer.max_epochs`` of the landscape.
         landscape: In the place of data and network.
         n_workers: Fits at once.
+        driver: What the driver itself takes; nothing, unless it is to be seen.
 
     Returns:
         The trials by number, and when each ended, in simulated seconds.
@@ -437,11 +472,10 @@ def searched(
         config = replace(config, pruner=None)  # as a session does
     evaluator, stop = SimulatedEvaluator(landscape, n_workers), threading.Event()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=strategy)
+    study = optuna.create_study(storage=Paced(evaluator, driver), sampler=strategy)
     view = Clocked(evaluator)
     with tempfile.TemporaryDirectory() as folder:
-        driver = Search(config, study, strategy, evaluator, Path(folder), view, stop, stop)
-        driver.run()
+        Search(config, study, strategy, evaluator, Path(folder), view, stop, stop).run()
     trials = study.get_trials(deepcopy=False)
     return trials, [view.ends[trial.number] for trial in trials]
 

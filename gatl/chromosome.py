@@ -110,10 +110,13 @@ class Gene:
         Raises:
             ValueError: If the value is NaN.
         """
+        kind = self.kind
+        if type(value) is kind and self.low <= value <= self.high:  # as nearly all are
+            return value
         if math.isnan(value):
             raise ValueError(f"A value of {self.name} must be a number, but got {value}.")
         nearest = min(max(value, self.low), self.high)
-        return round(nearest) if self.kind is int else float(nearest)
+        return round(nearest) if kind is int else float(nearest)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,12 @@ def expected_costs(
         Seconds an epoch, or numbers in proportion to them if nothing is known.
     """
     both = [*(fit.genes for fit in known), *chromosomes]
-    n_layers = int(max((genes["included_layers"] for genes in both), default=0))
-    trained = np.array([_trained(genes, n_layers) for genes in both], float)
-    trained = trained.reshape(len(both), n_layers + 1)
+    included = np.array([genes["included_layers"] for genes in both])
+    frozen = np.array([genes["frozen_layers"] for genes in both])
+    n_layers = int(included.max(initial=0))
+    layer = np.arange(n_layers + 1)  # 0 is the stem, which only F = 0 trains
+    first = np.where(frozen > 0, frozen + 1, 0)
+    trained = ((first[:, None] <= layer) & (layer <= included[:, None])).astype(float)
     done, asked = trained[: len(known)], trained[len(known) :]
     seconds = np.array([fit.seconds for fit in known])
     counts = done.sum(1)  # (n_known,)
@@ -90,9 +93,3 @@ def generation_seconds(
             mean = statistics.fmean(cost for _, cost in fits)
             fits = [(end, mean)] * math.ceil(len(fits) / reduction_factor)
     return total
-
-
-def _trained(genes: Mapping[str, float], n_layers: int) -> list[bool]:
-    """Return which of the stem and the layers a fit trains."""
-    first = genes["frozen_layers"] + 1 if genes["frozen_layers"] else 0
-    return [first <= k <= genes["included_layers"] for k in range(n_layers + 1)]

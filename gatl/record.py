@@ -7,7 +7,6 @@ a stale lock of the journal, and a last line that is torn.
 import contextlib
 import csv
 import fcntl
-import itertools
 import json
 import os
 import secrets
@@ -488,9 +487,10 @@ class History:
         self._genes = tuple(genes)
         self._rows = 0  # trials 0 ... n - 1 have their rows for good
         self._end = 0  # of those rows, in bytes
+        self._behind: dict[int, bytes] = {}  # rows that are written again, by number
         with writing(self._path):
             self._path.write_bytes(b"")
-        self._end = self._write([self.columns])
+        self._end = self._write([csv_of([self.columns])])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -512,15 +512,15 @@ class History:
             trials: All trials of the study, by number.
             generation: From a number to the generation, where the strategy has any.
         """
-        new = trials[self._rows :]
-        ended = list(itertools.takewhile(lambda trial: trial.state.is_finished(), new))
-        self._end = self._write(self._row(trial, generation(trial.number)) for trial in ended)
-        self._rows += len(ended)
-        self._write(
-            self._row(trial, generation(trial.number))
-            for trial in new[len(ended) :]
-            if trial.state.is_finished()
-        )
+        for trial in trials[self._rows :]:
+            if trial.number not in self._behind and trial.state.is_finished():
+                self._behind[trial.number] = csv_of([self._row(trial, generation(trial.number))])
+        first = self._rows
+        while self._rows in self._behind:
+            self._rows += 1
+        self._end = self._write(self._behind.pop(number) for number in range(first, self._rows))
+        if self._behind:
+            self._write(self._behind[number] for number in sorted(self._behind))
 
     def _row(self, trial: FrozenTrial, generation: int | None) -> tuple[object, ...]:
         outcome, fits = outcome_of(trial), fits_of(trial)
@@ -541,9 +541,9 @@ class History:
             json.dumps(fits) if fits else None,
         )
 
-    def _write(self, rows: Iterable[Sequence[object]]) -> int:
+    def _write(self, rows: Iterable[bytes]) -> int:
         """Write rows behind those that stay; return where they end."""
         with writing(self._path), self._path.open("r+b") as file:
             file.seek(self._end)
-            file.write(csv_of(rows))
+            file.write(b"".join(rows))
             return file.tell()

@@ -110,6 +110,7 @@ class Search:
         self._distributions = strategy.distributions()
         self._history = History(folder, config.space.names)
         self._trials: list[FrozenTrial] = []  # the record, by number: nobody else writes it
+        self._asked: list[Chromosome] = []  # of the trials, as far as anybody has asked for more
         self._queue: deque[int] = deque()  # asked for, not yet evaluated
         self._chromosomes: dict[int, Chromosome] = {}  # of the trials that have not ended
         self._begun: dict[Chromosome, int] = {}  # being evaluated, at a rung perhaps
@@ -195,8 +196,9 @@ class Search:
         while self._askable:
             number = len(self._trials)
             horizon = self._strategy.horizon(number)
-            record, between = self._trials[:horizon], self._trials[horizon:]
-            pending = [self._space.from_dict(trial.params) for trial in between]
+            new = self._trials[len(self._asked) :]
+            self._asked += [self._space.from_dict(trial.params) for trial in new]
+            record, pending = self._trials[:horizon], self._asked[horizon:]
             genes = self._space.to_dict(self._strategy.propose(number, record, pending))
             trial = begin(self._study, genes, self._distributions)
             if trial.number != number:  # in a database, which a copy of the folder leads to as well
@@ -225,7 +227,9 @@ class Search:
 
         The unfinished trials are of one generation, since the next waits for its end.
         """
-        waiting = sorted(self._reached.keys() - self._running.keys() - set(self._queue))
+        if self._running:  # towards that rung, or others could not wait at it
+            return
+        waiting = sorted(self._reached.keys() - set(self._queue))
         if not waiting:
             return
         rung = min(self._reached[number].epochs for number in waiting)

@@ -23,6 +23,8 @@ from gatl.evaluation import Fit
 from gatl.models.se_densenet import se_densenet
 from gatl.models.weight_files import CARD_KEY
 from gatl.outcome import Outcome
+from gatl.strategies.base import Strategy
+from gatl.strategies.build import build_strategy
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NOISE = 0.05
@@ -430,6 +432,79 @@ def test_value_pairs_the_seeds():
     )
 
 
+class Known:
+    """A landscape whose fits take the seconds that their included layers say, at no loss."""
+
+    def outcome(self, fit, since):
+        return Outcome(val_loss=1.0, epochs=fit.epochs, duration_s=fit.genes["included_layers"])
+
+
+class Given(Strategy):
+    """Trials of 10, 4, 4 and 4 seconds, which depend on nothing."""
+
+    def horizon(self, number):
+        return 0
+
+    def propose(self, number, record, pending=()):
+        return ((10, 4, 4, 4)[number], 0, 1e-3, 0.1 * (number + 1))
+
+
+@pytest.mark.parametrize(
+    ("n_workers", "begin", "take", "ends"),
+    [
+        (1, 0.0, 0.0, [10, 14, 18, 22]),
+        (2, 0.0, 0.0, [10, 4, 8, 12]),
+        # All are begun by 4; the outcomes wait for a second each, and so do the fits behind them.
+        (2, 1.0, 1.0, [15, 9, 14, 19]),
+        # Fits end at 14, 8, 8 and 8, but a driver that takes 10 for each outcome is behind.
+        (4, 1.0, 10.0, [48, 18, 28, 38]),
+    ],
+)
+def test_the_time_of_the_driver_is_on_the_clock(monkeypatch, n_workers, begin, take, ends):
+    scale, simulator = importlib.import_module("scale"), importlib.import_module("simulator")
+    config = checked(compose(["model=se_densenet121_k12", "budget.trials=4", "pruner=none"]))
+    monkeypatch.setattr(
+        simulator, "build_strategy", lambda config: Given(space=config.space, seed=0)
+    )
+    driver = simulator.DriverTime(begin, take)
+    trials, found = simulator.searched(config, Known(), n_workers, driver)
+    assert found == ends
+    figures = scale.told(trials, found, n_workers, driver)
+    assert figures["seconds"] == max(ends)
+    assert figures["utilisation"] == 22 / (n_workers * max(ends))
+    assert figures["speed_up"] == (22 + 4 * (begin + take)) / max(ends)
+
+
+def test_the_settings_follow_the_workers():
+    scale = importlib.import_module("scale")
+    strategies = importlib.import_module("strategies")
+    for name in scale.STRATEGIES:
+        config = strategies.configuration(
+            " ".join(scale.settings(name, 64)), ("budget.trials=200",)
+        )
+        strategy = build_strategy(config)
+        at_once = 199 - strategy.horizon(199) if strategy.generation(0) is None else strategy.pop
+        assert at_once >= 64
+
+
+def test_the_driver_is_measured_and_extended(tmp_path, monkeypatch, capsys):
+    scale = importlib.import_module("scale")
+    write_table(tmp_path / "tables" / "flowers5.csv", 32)
+    words = ("only=driver", "workers=1,16", f"results={tmp_path / 'r.json'}", "output=o.json")
+    monkeypatch.setattr(scale, "driver_time", lambda w, n: {"cpu_ms": 4.0 + w, "trials": n})
+    run(monkeypatch, "scale", *words)
+    assert "| after | 16 | 20.0 |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "r.json").read_text())["driver"]
+    assert scale.extended(found, [1, 32])["32"] == {"cpu_ms": 36.0}
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    measured = scale.driver_time(16, 24)
+    assert 0 < measured["cpu_ms"] < 1000
+    assert 1000 < measured["journal_bytes"] < 2500
+    assert list(tmp_path.glob("tmp*")) == []
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
@@ -445,6 +520,8 @@ def test_value_pairs_the_seeds():
         ("strategies", ["names=x", "only=random"], "There is no landscape 'x'"),
         ("tuning", [], "tune=flowers5 confirm=cifar20"),
         ("tuning", ["tune=x", "confirm=x", "trials=100"], "trials must be at least 200"),
+        ("scale", ["only=all"], "only must be search or driver, but got all"),
+        ("scale", ["workers=0"], "workers must be a whole number of at least 1, but got '0'"),
         ("value", [], "root=PATH"),
         ("value", ["root=x", "name=x", "only=luck"], "only=luck is none of genetic; random"),
     ],

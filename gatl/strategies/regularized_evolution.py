@@ -1,6 +1,7 @@
 """Regularized evolution, also called aging evolution."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -12,6 +13,24 @@ from gatl.streams import Purpose, generator
 
 _RETRIES = 20
 """How often a child that lives already is drawn again."""
+
+
+@dataclass(frozen=True)
+class _Lived:
+    """What some trials leave behind.
+
+    Attributes:
+        record: Those trials.
+        trials: The youngest of them that did not fail, the oldest first.
+        chromosomes: Theirs.
+    """
+
+    record: list[FrozenTrial]
+    trials: list[FrozenTrial]
+    chromosomes: list[Chromosome]
+
+
+_START = _Lived([], [], [])
 
 
 class RegularizedEvolution(Strategy):
@@ -60,6 +79,7 @@ class RegularizedEvolution(Strategy):
         self.sample_size = sample_size
         self.step = step
         self.lag = lag
+        self._memo = _START  # the last population: it only saves going through the record again
 
     def horizon(self, number: int) -> int:
         """Return where the trials end that this one looks at."""
@@ -74,20 +94,29 @@ class RegularizedEvolution(Strategy):
         """Return the chromosome of a trial, see `Strategy.propose`."""
         if number < self.population_size:
             return self.opening(number)
-        population: list[FrozenTrial] = []
-        for trial in reversed(record):
-            if len(population) == self.population_size:
-                break
-            if trial.state is not TrialState.FAIL:
-                population.append(trial)
-        if not population:
+        population = self._population(list(record))
+        if not population.trials:
             return self.opening(number)
         rng = generator(self.seed, Purpose.OFFSPRING, number)
-        sample = rng.integers(len(population), size=self.sample_size)
-        parent = min((population[i] for i in sample), key=rank_key)
-        alive = {self.space.from_dict(trial.params) for trial in population}.union(pending)
+        sample = rng.integers(len(population.trials), size=self.sample_size)
+        parent = min((population.trials[-1 - i] for i in sample), key=rank_key)
+        alive = {*population.chromosomes, *pending}
         for _ in range(_RETRIES):
             child = neighbour(self.space.from_dict(parent.params), self.space, self.step, rng)
             if child not in alive:
                 break
         return child
+
+    def _population(self, record: list[FrozenTrial]) -> _Lived:
+        """Return the youngest trials of a record; what a shorter one left is used again."""
+        before = self._memo
+        if before.record != record[: len(before.record)]:  # by identity, so fast
+            before = _START
+        new = [t for t in record[len(before.record) :] if t.state is not TrialState.FAIL]
+        chromosomes = [self.space.from_dict(trial.params) for trial in new]
+        self._memo = _Lived(
+            record,
+            [*before.trials, *new][-self.population_size :],
+            [*before.chromosomes, *chromosomes][-self.population_size :],
+        )
+        return self._memo

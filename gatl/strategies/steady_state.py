@@ -1,12 +1,13 @@
 """The genetic algorithm without generations."""
 
+from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial
 
 from gatl.chromosome import Chromosome, SearchSpace, Value
-from gatl.ranking import best_distinct
+from gatl.ranking import RankKey, rank_key
 from gatl.strategies.base import Strategy, require_whole
 from gatl.strategies.operators.breeding import Breeding, breed
 from gatl.streams import Purpose, generator
@@ -18,16 +19,16 @@ class _Lineage:
 
     Attributes:
         record: Those trials.
-        population: The best distinct chromosomes, best first, each with its best trial.
+        population: The best distinct chromosomes, best first, each behind its best trial's rank.
         known: Every chromosome among them.
     """
 
     record: list[FrozenTrial]
-    population: dict[Chromosome, FrozenTrial]
+    population: list[tuple[RankKey, Chromosome]]
     known: frozenset[Chromosome]
 
 
-_START = _Lineage([], {}, frozenset())
+_START = _Lineage([], [], frozenset())
 
 
 class SteadyState(Strategy):
@@ -101,7 +102,8 @@ class SteadyState(Strategy):
         known = set(lineage.known).union(pending[: first - len(record)])
         rng = generator(self.seed, Purpose.OFFSPRING, first)
         children: list[Chromosome] = []
-        for child in breed(list(lineage.population), known, self.space, self.breeding, rng):
+        parents = [chromosome for _, chromosome in lineage.population]
+        for child in breed(parents, known, self.space, self.breeding, rng):
             known.add(child)
             children.append(child)
         return children[number - first]
@@ -111,10 +113,18 @@ class SteadyState(Strategy):
         before = self._memo
         if before.record != record[: len(before.record)]:  # by identity, so fast
             before = _START
-        new = record[len(before.record) :]
-        self._memo = _Lineage(
-            record,
-            best_distinct([*before.population.values(), *new], self.space, self.pop),
-            before.known.union(self.space.from_dict(trial.params) for trial in new),
-        )
+        population = list(before.population)
+        ranks = {chromosome: rank for rank, chromosome in population}
+        new = [(rank_key(t), self.space.from_dict(t.params)) for t in record[len(before.record) :]]
+        for rank, chromosome in new:
+            if (worse := ranks.get(chromosome)) is not None:
+                if worse <= rank:
+                    continue
+                population.remove((worse, chromosome))
+            ranks[chromosome] = rank
+            insort(population, (rank, chromosome))
+            if len(population) > self.pop:
+                del ranks[population.pop()[1]]
+        known = before.known.union(chromosome for _, chromosome in new)
+        self._memo = _Lineage(record, population, known)
         return self._memo
