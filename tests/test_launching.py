@@ -107,15 +107,15 @@ def test_jobs_share_the_machine(monkeypatch, in_a_job):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**50))
     config = checked(compose(["experiment=debug", "data.image_size=32"]))
-    assert (jobs_at_once(), evaluation._auto_workers(config)) == (1, 12)
+    assert (jobs_at_once(), evaluation.auto_workers(config)) == (1, 12)
     settings = in_a_job("processes")
     for n_jobs, n, share in ((1, 1, 12), (2, 2, 6), (5, 5, 2), (-1, 12, 1), (-2, 11, 1), (9, 9, 1)):
         settings.n_jobs = n_jobs
-        assert (jobs_at_once(), evaluation._auto_workers(config)) == (n, share)
+        assert (jobs_at_once(), evaluation.auto_workers(config)) == (n, share)
     in_a_job("slurm")  # which gives each its own
-    assert (jobs_at_once(), evaluation._auto_workers(config)) == (1, 12)
+    assert (jobs_at_once(), evaluation.auto_workers(config)) == (1, 12)
     in_a_job("basic")
-    assert (jobs_at_once(), evaluation._auto_workers(config)) == (1, 12)
+    assert (jobs_at_once(), evaluation.auto_workers(config)) == (1, 12)
 
 
 def test_several_on_one_terminal_print_plain_lines_with_their_names(monkeypatch, capsys):
