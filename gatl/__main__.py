@@ -382,7 +382,7 @@ def _way_on(launcher: str, folder: Path) -> str:
             "The jobs are SLURM's and go on (squeue, scancel); their output is in "
             f"{folder}/.submitit. When they have ended, compare them with\n  {compare}"
         )
-    if not any(folder.rglob("study.journal")):
+    if not any(folder.rglob("history.csv")):
         return ""
     resume = shlex.join(["python", "-m", "gatl", f"resume={folder}/NUMBER"])
     return f"Each job that has begun goes on with\n  {resume}\nThen compare them with\n  {compare}"
