@@ -204,7 +204,9 @@ class RayEvaluator:
         ended = [*self._take(timeout), *self._give_up()]
         self._fill()
         if self._stop.is_set():
-            ended += [(key, Outcome(stopped=True)) for key, _ in self._again]
+            for key, _ in self._again:
+                self._forget(key)
+                ended.append((key, Outcome(stopped=True)))
             self._again.clear()
         while self._again and self._idle:
             self.submit(*self._again.pop(0))
