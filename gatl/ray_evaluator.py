@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Mapping
@@ -397,6 +398,9 @@ def connect(address: str, config: Config) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     before = signal.getsignal(signal.SIGTERM)
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "://" not in address:  # Ray itself would try for 14 minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         with warnings.catch_warnings(action="ignore"):  # its error says the same
             ray.init(
                 address, namespace=_OURS, log_to_driver=False, configure_logging=False, **local

@@ -248,10 +248,14 @@ def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes):
     assert [*nodes.glob("gatl-ray-*")] == []
 
 
-def test_a_wrong_address_is_one_line(nodes):
-    with pytest.raises(UserError, match=r"evaluator\.address=auto cannot be reached .*ray start"):
-        RayEvaluator.require(configure(), "auto")
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1"])
+def test_a_wrong_address_is_one_line_and_soon(nodes, address):
+    begun = time.monotonic()
+    said = rf"evaluator\.address={address} cannot be reached .*ray start"
+    with pytest.raises(UserError, match=said):
+        RayEvaluator.require(configure(), address)
     assert not ray.is_initialized()
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.slow
