@@ -16,13 +16,20 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from gatl import __version__
-from gatl.cli import folder_named, help_requested, one_line_errors, resumed, settings_in
+from gatl.cli import (
+    compose_resumed,
+    folder_named,
+    help_requested,
+    one_line_errors,
+    settings_in,
+)
+from gatl.config import checked
 from gatl.data.decode import UndecodableImage, to_rgb
 from gatl.data.splits import complete_splits
 from gatl.errors import UserError
 from gatl.files import checkpoint_in, write_whole
 from gatl.progress import new_console
-from gatl.trust import require_inside, words_of
+from gatl.trust import require_inside, whole, words_of
 
 if TYPE_CHECKING:  # torch takes seconds, which a typing error need not wait for
     from gatl.inference import Model, Pixels
@@ -114,7 +121,8 @@ def difference(model: "Model", onnx: bytes, images: "Pixels") -> float:
 def images_of(folder: Path, model: "Model", trusted: Collection[str]) -> "Pixels | None":
     """Return some test images of a run, prepared; None if they are not there any more."""
     try:
-        config = resumed(folder, (), trusted)
+        with whole(folder):  # not `resumed`: nothing here connects to where the fits ran
+            config = checked(compose_resumed(folder, (), trusted))
         source = complete_splits(instantiate(config.data.source), config.data.split_seed)
     except (UserError, InstantiationException):  # Hydra wraps what a data source raises
         return None

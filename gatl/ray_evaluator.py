@@ -13,9 +13,10 @@ import math
 import os
 import secrets
 import signal
+import socket
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -55,6 +56,7 @@ MOMENT = 1.0
 """Seconds until a node that was killed counts as dead."""
 POLLS_A_SECOND = 200
 """Questions to workers, at most, how far they are; each is asked once a second at most."""
+_WAY_ON = "when that is mended, go on with resume= and the run folder"
 _OURS = "gatl"
 """The namespace of what `connect` connects."""
 
@@ -82,6 +84,17 @@ class _Running(NamedTuple):
     key: int
     fit: Fit
     since: float  # seconds, as `time.monotonic` has them
+
+
+@contextlib.contextmanager
+def _in_reach() -> Iterator[None]:
+    """Say in one line that the cluster is gone."""
+    try:
+        yield
+    except (ConnectionError, RayError) as error:
+        raise UserError(
+            f"The Ray cluster is out of reach ({_last_line(error)}): {_WAY_ON}."
+        ) from error
 
 
 class RayEvaluator:
@@ -181,8 +194,13 @@ class RayEvaluator:
         """How many more fits it takes now."""
         return len(self._idle)
 
+    @_in_reach()
     def submit(self, key: int, fit: Fit) -> None:
-        """Start a fit on an idle worker."""
+        """Start a fit on an idle worker.
+
+        Raises:
+            UserError: If the cluster is gone.
+        """
         actor = self._idle.pop(0)
         self._n_tickets += 1
         self._told = False
@@ -190,11 +208,13 @@ class RayEvaluator:
         future = actor.handle.fit.remote(self._n_tickets, fit, packed(fit))
         self._running[future] = _Running(actor, self._n_tickets, key, fit, time.monotonic())
 
+    @_in_reach()
     def wait(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Return the fits that have ended, after the first one or ``timeout`` seconds.
 
         Raises:
-            UserError: If a fit says that none can work, or there is no worker any more.
+            UserError: If a fit says that none can work, there is no worker any more, or the
+                cluster is gone.
             OSError: If the disk is full, here or on a node.
         """
         if self._stop.is_set() and not self._told:
@@ -204,7 +224,9 @@ class RayEvaluator:
         ended = [*self._take(timeout), *self._give_up()]
         self._fill()
         if self._stop.is_set():
-            ended += [(key, Outcome(stopped=True)) for key, _ in self._again]
+            for key, _ in self._again:
+                self._forget(key)
+                ended.append((key, Outcome(stopped=True)))
             self._again.clear()
         while self._again and self._idle:
             self.submit(*self._again.pop(0))
@@ -229,12 +251,12 @@ class RayEvaluator:
             while self._running and time.monotonic() < deadline:
                 self.wait(timeout=1.0)
         one_a_node = {actor.node: actor for actor in self._idle}.values()
-        with contextlib.suppress(RayError):
+        busy = [running.actor for running in self._running.values()]
+        with contextlib.suppress(ConnectionError, RayError):  # what is gone needs no end
             if cleared := [actor.handle.clear.remote() for actor in one_a_node]:
                 ray.wait(cleared, num_returns=len(cleared), timeout=MOMENT)
-        busy = [running.actor for running in self._running.values()]
-        for actor in (*self._idle, *busy, *self._starting.values()):
-            ray.kill(actor.handle)
+            for actor in (*self._idle, *busy, *self._starting.values()):
+                ray.kill(actor.handle)
         self._idle, self._starting, self._running, self._again = [], {}, {}, []
         self._asked, self._arguments = {}, ()  # so the object store lets go of the images
         if _is_ours():
@@ -253,7 +275,7 @@ class RayEvaluator:
         elif time.monotonic() - self._seen > PATIENCE:
             raise UserError(
                 f"The Ray cluster has had no worker, {self._needed}, for {PATIENCE / 60:g} "
-                f"minutes: there are {_said(_resources())}."
+                f"minutes: there are {_said(_resources())}; {_WAY_ON}."
             )
         return ended
 
@@ -395,6 +417,9 @@ def connect(address: str, config: Config) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     before = signal.getsignal(signal.SIGTERM)
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "://" not in address:  # Ray itself would try for 14 minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         with warnings.catch_warnings(action="ignore"):  # its error says the same
             ray.init(
                 address, namespace=_OURS, log_to_driver=False, configure_logging=False, **local
@@ -412,8 +437,11 @@ def connect(address: str, config: Config) -> None:
 
 
 def _is_ours() -> bool:
-    """Whether `connect` has connected this process."""
-    return bool(ray.is_initialized() and ray.get_runtime_context().namespace == _OURS)
+    """Whether `connect` has connected this process, or the connection is of no use to anybody."""
+    try:
+        return bool(ray.is_initialized() and ray.get_runtime_context().namespace == _OURS)
+    except ConnectionError:  # Ray's client asks the cluster
+        return True
 
 
 def portable(data: PreparedData) -> PreparedData:

@@ -134,7 +134,9 @@ class Worker:
         try:
             with writing(folder):
                 folder.mkdir(parents=True)
-                (run / JOURNAL).write_text(parcel.identity, encoding="utf-8")
+                with _alone(self._folder):  # else another worker here might read half of it
+                    if not (run / JOURNAL).exists():
+                        (run / JOURNAL).write_text(parcel.identity, encoding="utf-8")
                 if parcel.rung is not None:
                     (folder / RUNG).write_bytes(parcel.rung)
             fitter = Fitter(self._config, self._data, stop, tell=self._count)
@@ -198,14 +200,15 @@ def remove_abandoned(parent: Path) -> None:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if os.path.samestat(os.fstat(descriptor), folder.stat()):  # not made anew
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Be the only process of a node that prepares its folder."""
+    """Be the only process of a node that writes what all of its workers read."""
     with (folder / ".lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -151,7 +151,7 @@ def _evaluate_all(session: Session, fits: Sequence[Fit]) -> list[float]:
             while waiting and session.evaluator.n_free:
                 session.evaluator.submit(waiting[0], fits[waiting[0]])
                 running.add(waiting.pop(0))
-            for i, outcome in session.evaluator.wait(timeout=0.2) if running else []:
+            for i, outcome in session.evaluator.wait(timeout=0.2):
                 running.remove(i)
                 if outcome.stopped:
                     continue

@@ -147,7 +147,8 @@ class Search:
                 self._ask()
                 self._halve()
                 self._start()
-            if self._running:
+            lost = self._queue and not self._evaluator.n_free  # all workers; others may start
+            if self._running or (lost and not (interrupted or late)):
                 self._refresh()  # now that all workers are busy
                 for number, outcome in self._evaluator.wait(_TICK):
                     self._end(number, outcome)

@@ -215,6 +215,24 @@ def test_the_best_mean_wins_whatever_the_search_said(made, result):
     assert means == {1: pytest.approx(0.205), 4: pytest.approx(0.225), 3: 0.1}
 
 
+def test_reevaluations_that_have_lost_all_workers_wait_for_others(tmp_path, data, monkeypatch):
+    session = session_in(tmp_path, data, lambda fit, i: Outcome(0.1))
+    workers, n_asked = [1], itertools.count()
+
+    def wait(timeout):
+        ended, session.evaluator._waiting = session.evaluator._waiting, []
+        workers[0] = int(not ended)
+        return ended
+
+    def n_free(self):
+        assert next(n_asked) < 1000, "nobody waits for a worker"
+        return workers[0] - len(self._waiting)
+
+    monkeypatch.setattr(FakeEvaluator, "n_free", property(n_free))
+    session.evaluator.wait = wait
+    assert reevaluate(session, session.study.get_trials())[0].val_losses == (0.1, 0.1)
+
+
 def test_a_failed_reevaluation_loses(tmp_path, data, monkeypatch):
     session = session_in(tmp_path, data)
     best = genes_of(session, 1)

@@ -21,9 +21,9 @@ from gatl import __main__, evaluation
 from gatl.cli import _initialised, compose, hydra_setting
 from gatl.config import checked
 from gatl.errors import UserError
-from gatl.launching import BASIC, SLURM, jobs_at_once
+from gatl.launching import BASIC, SLURM, is_requeued, jobs_at_once
 from gatl.progress import new_console
-from gatl.record import JOURNAL
+from gatl.record import HISTORY, JOURNAL
 
 TINY = ("experiment=debug", "seed=1,2")
 
@@ -133,13 +133,21 @@ def test_a_job_that_slurm_runs_once_more_goes_on_in_its_folder(monkeypatch, caps
     ran = []
     monkeypatch.setattr(__main__, "run", lambda config, folder, name: ran.append(folder))
     words = ("seed=1", f"hydra.sweep.dir={tmp_path}")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # of the script that starts the sweep
     code, _, err = in_this_process(monkeypatch, capsys, *words)
     assert (code, ran) == (1, [])
     assert f"{tmp_path}/0 holds a run already" in err
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(__main__, "is_requeued", lambda: True)
     assert in_this_process(monkeypatch, capsys, *words) == (0, "", "")
     assert ran == [tmp_path / "0"]
+
+
+def test_a_job_is_run_once_more_by_slurm_if_slurm_ran_it_before(monkeypatch, in_a_job):
+    for count, again in (("0", False), ("1", True)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        for name, submitted in (("basic", False), ("processes", False), ("slurm", True)):
+            in_a_job(name)
+            assert is_requeued() == (again and submitted)
 
 
 def test_without_slurm_one_line_says_so(monkeypatch, capsys, tmp_path):
@@ -159,7 +167,7 @@ def test_what_a_launcher_raises_is_one_line_that_says_how_jobs_go_on(tmp_path, c
     with pytest.raises(UserError, match=r"^JoblibLauncher: n_jobs has no meaning\.$"):
         raising(ValueError("n_jobs has no meaning\nmore"), "JoblibLauncher")
     (tmp_path / "0").mkdir()
-    (tmp_path / "0" / JOURNAL).touch()
+    (tmp_path / "0" / HISTORY).touch()
     with pytest.raises(UserError) as raised:
         raising(RuntimeError("A worker was killed."), "JoblibLauncher")
     assert "was killed. Each job" in str(raised.value)

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -205,7 +206,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes):
+def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes, monkeypatch):
     config = configure("evaluator.workers=2")
     here = Fitter(config, data, multiprocessing.get_context("spawn").Event())
     (tmp_path / "run").mkdir()
@@ -243,15 +244,25 @@ def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes):
         evaluator.submit(2, Fit(GENES, 1, 3, tmp_path / "run" / "trials" / "2"))
         assert all_of(evaluator, {2})[2].epochs == 1
         assert len([*nodes.glob("gatl-ray-*")]) == 1
+        evaluator.submit(3, Fit(GENES, 1, 3, tmp_path / "run" / "trials" / "3"))
+        with monkeypatch.context() as patch:
+            gone = Mock(side_effect=ConnectionError("Client is shutting down."))
+            patch.setattr(ray, "wait", gone)
+            with pytest.raises(UserError, match=r"out of reach \(Client .*\): .* resume="):
+                evaluator.wait(0.1)
         evaluator.close()
         assert not ray.is_initialized()
     assert [*nodes.glob("gatl-ray-*")] == []
 
 
-def test_a_wrong_address_is_one_line(nodes):
-    with pytest.raises(UserError, match=r"evaluator\.address=auto cannot be reached .*ray start"):
-        RayEvaluator.require(configure(), "auto")
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1"])
+def test_a_wrong_address_is_one_line_and_soon(nodes, address):
+    begun = time.monotonic()
+    said = rf"evaluator\.address={address} cannot be reached .*ray start"
+    with pytest.raises(UserError, match=said):
+        RayEvaluator.require(configure(), address)
     assert not ray.is_initialized()
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.slow

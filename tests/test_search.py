@@ -234,6 +234,30 @@ class Run:
         return without_times(self.folder / "history.csv")
 
 
+class Lossy(FakeEvaluator):
+    """Loses its worker behind each fit, until somebody waits for another."""
+
+    lost, n_asked = False, 0
+
+    @property
+    def n_free(self):
+        self.n_asked += 1
+        assert self.n_asked < 1000, "nobody waits for a worker"
+        return 0 if self.lost else super().n_free
+
+    def wait(self, timeout):
+        self.lost = bool(self.running)
+        return super().wait(timeout) if self.running else []
+
+
+def test_a_search_that_has_lost_all_its_workers_waits_for_others(tmp_path):
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "kept").mkdir()
+    lost, kept = Run(tmp_path / "lost", Lossy()), Run(tmp_path / "kept")
+    assert lost() is kept() is Ending.COMPLETE
+    assert lost.history == kept.history
+
+
 def kill():
     raise Killed
 

@@ -305,6 +305,8 @@ def test_a_folder_connects_to_no_cluster_of_its_own_choice(run):
     assert word_for(config) == ["trust=ray://far:10001"]
     for given in ("evaluator.address=ray://near:1", "evaluator=local"):
         resumed(run, [given], ())
+    with pytest.raises(UserError, match="would connect to ray://far:10001"):
+        resumed(run, ["evaluator={workers: 2}"], ())  # which leaves the folder's address
 
 
 def test_no_other_sampler_unpickles_nor_does_the_journal():
