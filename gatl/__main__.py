@@ -376,13 +376,15 @@ def _told_in_one_line(launcher: str, folder: Path) -> Iterator[None]:
 
 def _way_on(launcher: str, folder: Path) -> str:
     """Say what becomes of a sweep whose command ends before its jobs; nothing if none has begun."""
+    from gatl.record import record_in
+
     compare = shlex.join(["python", "-m", "gatl.compare", f"runs={folder}"])
     if launcher == SLURM and any(folder.rglob("*_submitted.pkl")):
         return (
             "The jobs are SLURM's and go on (squeue, scancel); their output is in "
             f"{folder}/.submitit. When they have ended, compare them with\n  {compare}"
         )
-    if not any(folder.rglob("history.csv")):
+    if not any(map(record_in, folder.glob("*/"))):
         return ""
     resume = shlex.join(["python", "-m", "gatl", f"resume={folder}/NUMBER"])
     return f"Each job that has begun goes on with\n  {resume}\nThen compare them with\n  {compare}"

@@ -167,7 +167,7 @@ def test_what_a_launcher_raises_is_one_line_that_says_how_jobs_go_on(tmp_path, c
     with pytest.raises(UserError, match=r"^JoblibLauncher: n_jobs has no meaning\.$"):
         raising(ValueError("n_jobs has no meaning\nmore"), "JoblibLauncher")
     (tmp_path / "0").mkdir()
-    (tmp_path / "0" / HISTORY).touch()
+    (tmp_path / "0" / JOURNAL).touch()
     with pytest.raises(UserError) as raised:
         raising(RuntimeError("A worker was killed."), "JoblibLauncher")
     assert "was killed. Each job" in str(raised.value)

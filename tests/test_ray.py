@@ -255,12 +255,10 @@ def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes, mo
     assert [*nodes.glob("gatl-ray-*")] == []
 
 
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1"])
-def test_a_wrong_address_is_one_line_and_soon(nodes, address):
+def test_a_wrong_address_is_one_line_and_soon():
     begun = time.monotonic()
-    said = rf"evaluator\.address={address} cannot be reached .*ray start"
-    with pytest.raises(UserError, match=said):
-        RayEvaluator.require(configure(), address)
+    with pytest.raises(UserError, match=r"evaluator\.address=127.* cannot be reached .*ray start"):
+        RayEvaluator.require(configure(), "127.0.0.1:1")
     assert not ray.is_initialized()
     assert time.monotonic() - begun < 60
 
