@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -165,6 +166,19 @@ def test_what_a_killed_worker_leaves_on_a_node_is_removed_and_no_more(tmp_path):
         worker.stdout.close()
     remove_abandoned(tmp_path)
     assert not held.exists()
+
+
+def test_a_workers_folder_that_is_made_anew_is_not_taken_for_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "gatl-ray-1"
+    folder.mkdir()
+
+    def lock(descriptor, how):  # too late
+        folder.rmdir()
+        folder.mkdir()
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    remove_abandoned(tmp_path)
+    assert folder.exists()
 
 
 @contextlib.contextmanager
