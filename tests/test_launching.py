@@ -23,7 +23,7 @@ from gatl.config import checked
 from gatl.errors import UserError
 from gatl.launching import BASIC, SLURM, is_requeued, jobs_at_once
 from gatl.progress import new_console
-from gatl.record import HISTORY, JOURNAL
+from gatl.record import JOURNAL
 
 TINY = ("experiment=debug", "seed=1,2")
 
