@@ -45,7 +45,10 @@ if trust= names it."""
 
 MANY = 3
 """Overrides that differ, up to which they name the groups."""
-NO_DIFFERENCE = ("seed", "evaluator.workers", "logger", "cache", "study", "hydra")
+NO_DIFFERENCE = (
+    *("seed", "evaluator.workers", "evaluator.address", "evaluator.num_gpus"),
+    *("logger", "cache", "study", "hydra"),
+)
 """Overrides that make no other result, or tell repetitions apart."""
 COLUMNS = (
     *("group", "runs", "trials", "evaluations", "val_loss", "val_loss_sd"),

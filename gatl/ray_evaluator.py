@@ -28,8 +28,8 @@ import safetensors.torch
 from gatl.config import Config
 from gatl.data.images import Decoded, Images, Loaded, PreparedData, PreparedSplit, Streamed
 from gatl.errors import UserError
-from gatl.evaluation import RUNG, Fit, auto_workers, uses_cuda
-from gatl.files import write_whole, writing
+from gatl.evaluation import RUNG, Fit, auto_workers, reason, uses_cuda
+from gatl.files import is_unwritable, write_whole, writing
 from gatl.models.weight_files import CARD_KEY, read_weights
 from gatl.outcome import Outcome
 from gatl.record import identity, run_folder_of
@@ -285,7 +285,9 @@ class RayEvaluator:
         try:
             node: Node = ray.get(future)
         except RayTaskError as error:
-            raise error.cause from error
+            if isinstance(error.cause, UserError) or is_unwritable(error.cause):
+                raise error.cause from error
+            raise UserError(f"A worker of Ray's cannot start: {reason(error.cause)}.") from error
         except RayError as error:
             if actor.attempts + 1 >= ATTEMPTS:
                 raise UserError(
@@ -410,9 +412,11 @@ def connect(address: str, config: Config) -> None:
     ray.shutdown()  # of a job that failed
     local: dict[str, Any] = {}
     if address == "local":
+        local["include_dashboard"] = False
         count = config.evaluator.workers
-        n_workers = auto_workers(config) if count == "auto" else int(count)
-        local = {"num_cpus": n_workers * config.evaluator.threads, "include_dashboard": False}
+        if count != "auto" or not uses_cuda(config.trainer):  # else GPUs are what counts
+            n_workers = auto_workers(config) if count == "auto" else int(count)
+            local["num_cpus"] = n_workers * config.evaluator.threads
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     before = signal.getsignal(signal.SIGTERM)

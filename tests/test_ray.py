@@ -277,6 +277,19 @@ def test_a_wrong_address_is_one_line_and_soon():
     assert time.monotonic() - begun < 60
 
 
+def test_a_worker_that_cannot_start_is_one_line(monkeypatch):
+    evaluator = RayEvaluator.__new__(RayEvaluator)
+    for cause, said in (
+        (UserError("no images there"), r"^no images there$"),
+        (PermissionError(13, "Permission denied"), r"worker of Ray's cannot start: Permission.*13"),
+    ):
+        evaluator._starting = {"future": ray_evaluator.Actor(None, 0)}
+        error = ray.exceptions.RayTaskError("start", "Traceback", cause)
+        monkeypatch.setattr(ray, "get", lambda future, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(UserError, match=said):
+            evaluator._welcome("future")
+
+
 @pytest.mark.slow
 def test_on_somebody_elses_ray_what_cannot_be_is_one_line_and_it_stays(data, nodes, monkeypatch):
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
