@@ -35,7 +35,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from gatl.classifier import Classifier, Diverged
-from gatl.config import Config, TrainerConfig
+from gatl.config import Config, EvaluatorConfig, TrainerConfig
 from gatl.data.images import PreparedData
 from gatl.data.module import ImageData, class_weights
 from gatl.errors import UserError
@@ -63,6 +63,7 @@ EVAL_BATCH_SIZE = 128
 PARTS = 2
 """Parts of a batch, when memory did not suffice for the whole."""
 
+DIED_TWICE = "its worker process died twice, killed perhaps for want of memory"
 OUT_OF_MEMORY = "out of memory: lower data.batch_size or data.image_size"
 # How libraries say that memory ran out, beside raising an exception of that name.
 _NO_MEMORY = re.compile(
@@ -513,6 +514,12 @@ class Evaluator(Protocol):
         """Free the workers, once their fits have ended, or at once if that can be done."""
 
 
+def took_too_long(settings: EvaluatorConfig, seconds: float) -> Outcome:
+    """Return the outcome of a fit that was killed after so many seconds."""
+    error = f"killed after evaluator.timeout={settings.timeout}"
+    return Outcome(error=error, duration_s=seconds)
+
+
 _fitter: Fitter  # of a worker process
 
 
@@ -677,8 +684,7 @@ class LocalEvaluator:
                     self.submit(key, fit)
                     continue
                 else:
-                    error = "its worker process died twice, killed perhaps for want of memory"
-                    outcome = Outcome(error=error)
+                    outcome = Outcome(error=DIED_TWICE)
             self._lost.pop(key, None)
             ended.append((key, outcome))
         return sorted(ended, key=lambda pair: pair[0])
@@ -703,8 +709,7 @@ class LocalEvaluator:
             self._replace(fit.worker)
             self._idle.append(fit.worker)
             self._lost.pop(fit.key, None)
-            error = f"killed after evaluator.timeout={settings.timeout}"
-            ended.append((fit.key, Outcome(error=error, duration_s=now - fit.since)))
+            ended.append((fit.key, took_too_long(settings, now - fit.since)))
         return ended
 
     def close(self, *, now: bool = False) -> None:

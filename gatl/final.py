@@ -193,6 +193,15 @@ def nothing_left(folder: Path, config: Config, overrides: Sequence[str], console
 
     A run that was killed behind its result has left its scratch files, and the page of a run in
     progress.
+
+    Args:
+        folder: The run folder.
+        config: Its configuration, the overrides applied.
+        overrides: With which the run was to go on; they are remembered.
+        console: Where the user reads.
+
+    Returns:
+        Whether it is made, and so nothing is left to do.
     """
     if made_before(folder, config, config.n_trials) is None:
         return False

@@ -6,6 +6,7 @@ or from a checkpoint, and is logged again. So nothing is there twice, however of
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 import statistics
@@ -199,18 +200,20 @@ class Curve:
         """Log the trials that have ended since.
 
         Args:
-            trials: By number, from 0; all of them have ended.
+            trials: All trials of the study, by number; those behind one that has not ended wait.
 
         Raises:
             OSError: If the disk is full.
         """
         with self._going_on() as logger:
-            for trial in trials[self._n_logged :]:
+            new = trials[self._n_logged :]
+            ended = list(itertools.takewhile(lambda trial: trial.state.is_finished(), new))
+            for trial in ended:
                 if point := self._point(trial):
                     logger.log_metrics(point, trial.number + 1)
-            if len(trials) > self._n_logged:
+            if ended:
                 logger.save()
-            self._n_logged = len(trials)
+            self._n_logged += len(ended)
 
     def close(self) -> None:
         """Write what has not been written."""

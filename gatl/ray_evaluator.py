@@ -28,7 +28,15 @@ import safetensors.torch
 from gatl.config import Config
 from gatl.data.images import Decoded, Images, Loaded, PreparedData, PreparedSplit, Streamed
 from gatl.errors import UserError
-from gatl.evaluation import RUNG, Fit, auto_workers, reason, uses_cuda
+from gatl.evaluation import (
+    DIED_TWICE,
+    RUNG,
+    Fit,
+    auto_workers,
+    reason,
+    took_too_long,
+    uses_cuda,
+)
 from gatl.files import is_unwritable, write_whole, writing
 from gatl.models.weight_files import CARD_KEY, read_weights
 from gatl.outcome import Outcome
@@ -142,6 +150,17 @@ class RayEvaluator:
         self._looked = self._polled = -math.inf
         self._seen = time.monotonic()  # when there was a worker
         self._made_with = made_with(config)
+        # As with local workers: huge pages, and no module from a folder that anybody may write.
+        environment = {
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+            "PYTHONSAFEPATH": os.environ.get("PYTHONSAFEPATH", ""),
+        }
+        self._build = ray.remote(  # type: ignore[call-overload]
+            num_cpus=self._needs["CPU"],
+            num_gpus=gpus,
+            concurrency_groups={"beside": 1},
+            runtime_env={"env_vars": environment},
+        )(Worker)
         try:
             self._arguments: tuple[Any, ...] = (
                 config,
@@ -176,8 +195,10 @@ class RayEvaluator:
         """
         if not isinstance(address, str) or not address:
             raise UserError(f"evaluator.address must be local, auto or an address, not {address}.")
-        number = num_gpus is None or type(num_gpus) in (int, float)
-        if not number or not (num_gpus is None or 0 <= num_gpus <= 1 or num_gpus in range(1000)):
+        valid = num_gpus is None or (
+            type(num_gpus) in (int, float) and (0 <= num_gpus <= 1 or num_gpus in range(1000))
+        )
+        if not valid:
             raise UserError(
                 "evaluator.num_gpus must be a share in [0, 1], a whole number or null, but got "
                 f"{num_gpus}."
@@ -335,8 +356,7 @@ class RayEvaluator:
             self._again.append((key, running.fit))
             return None
         self._forget(key)
-        error = "its worker process died twice, killed perhaps for want of memory"
-        return key, Outcome(error=error)
+        return key, Outcome(error=DIED_TWICE)
 
     def _give_up(self) -> list[tuple[int, Outcome]]:
         """Kill the workers of fits that take too long, and return these fits."""
@@ -347,8 +367,7 @@ class RayEvaluator:
             running = self._running.pop(future)
             ray.kill(running.actor.handle)
             self._forget(running.key)
-            error = f"killed after evaluator.timeout={settings.timeout}"
-            ended.append((running.key, Outcome(error=error, duration_s=now - running.since)))
+            ended.append((running.key, took_too_long(settings, now - running.since)))
         return ended
 
     def _forget(self, key: int) -> None:
@@ -367,18 +386,7 @@ class RayEvaluator:
             self._start()
 
     def _start(self, attempts: int = 0) -> None:
-        # As with local workers: huge pages, and no module from a folder that anybody may write.
-        environment = {
-            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
-            "PYTHONSAFEPATH": os.environ.get("PYTHONSAFEPATH", ""),
-        }
-        build = ray.remote(  # type: ignore[call-overload]
-            num_cpus=self._needs["CPU"],
-            num_gpus=self._needs["GPU"],
-            concurrency_groups={"beside": 1},
-            runtime_env={"env_vars": environment},
-        )(Worker)
-        actor = Actor(build.remote(*self._arguments), attempts)
+        actor = Actor(self._build.remote(*self._arguments), attempts)
         self._starting[actor.handle.start.remote()] = actor
 
     def _poll(self) -> None:

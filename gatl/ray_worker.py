@@ -143,10 +143,11 @@ class Worker:
             outcome = fitter(replace(fit, folder=folder))
             if outcome.stopped:
                 return outcome, {}
-            paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-            files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-            if not fit.goes_on:
-                files.pop(RUNG, None)
+            files = {
+                path.relative_to(folder).as_posix(): path.read_bytes()
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and (fit.goes_on or path.name != RUNG)
+            }
             return outcome, files
         except OSError as error:
             if is_unwritable(error):

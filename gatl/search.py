@@ -437,7 +437,7 @@ class Search:
             self._n_leading += 1
         self._history.update(trials, self._strategy.generation)
         if self._curve is not None:
-            self._curve.update(trials[: self._n_leading])
+            self._curve.update(trials)
 
     def _count_failure(self, number: int) -> None:
         """Count failures in a row; one of another kind begins anew, and a fit that ends clears."""

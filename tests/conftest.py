@@ -19,7 +19,8 @@ from gatl import testing
 from gatl.cli import compose
 from gatl.config import checked
 from gatl.data import folder as image_folder
-from gatl.data.images import prepare
+from gatl.data.images import PreparedData, prepare
+from gatl.data.source import Source, Split, in_memory
 from gatl.evaluation import build_classifier, silence
 from gatl.session import Session
 
@@ -41,6 +42,31 @@ def _environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def as_in_a_worker() -> Iterator[None]:
+    """Fit with one thread and no words, as a worker process does."""
+    silence()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Noise in two classes, which nothing changes."""
+
+    def split(n: int, seed: int) -> Split:
+        rng = np.random.default_rng(seed)
+        return in_memory(
+            rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 2, str(seed)
+        )
+
+    source = Source(("a", "b"), split(24, 0), split(10, 1), split(4, 2))
+    folder = tmp_path_factory.mktemp("images")
+    return prepare(source, image_size=32, split_seed=0, max_bad=0, folder=folder)
 
 
 def save_images(root: Path) -> None:

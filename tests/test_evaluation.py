@@ -28,8 +28,7 @@ from gatl import evaluation
 from gatl.classifier import Classifier
 from gatl.cli import compose
 from gatl.config import Config, TrainerConfig, checked
-from gatl.data.images import PreparedData, prepare
-from gatl.data.source import Source, Split, in_memory
+from gatl.data.images import PreparedData
 from gatl.errors import UserError
 from gatl.evaluation import (
     Fit,
@@ -38,7 +37,6 @@ from gatl.evaluation import (
     fit_seed,
     reason,
     resolve_precision,
-    silence,
 )
 from gatl.outcome import Outcome
 from gatl.session import opened
@@ -56,6 +54,8 @@ OVERRIDES = (
     "data.augment=crop_flip",
     "trainer.accelerator=cpu",
 )
+
+pytestmark = pytest.mark.usefixtures("as_in_a_worker")
 GENES = {"included_layers": 3, "frozen_layers": 1, "learning_rate": 1e-2, "dropout": 0.3}
 OTHER = {"included_layers": 4, "frozen_layers": 0, "learning_rate": 1e-3, "dropout": 0.1}
 FOREVER = 10**6
@@ -76,31 +76,9 @@ def same(outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, duration_s=0)
 
 
-@pytest.fixture(autouse=True)
-def as_in_a_worker() -> Iterator[None]:
-    silence()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def config() -> Config:
     return configure()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    def split(n: int, seed: int) -> Split:
-        rng = np.random.default_rng(seed)
-        return in_memory(
-            rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 2, str(seed)
-        )
-
-    source = Source(("a", "b"), split(24, 0), split(10, 1), split(4, 2))
-    folder = tmp_path_factory.mktemp("images")
-    return prepare(source, image_size=32, split_seed=0, max_bad=0, folder=folder)
 
 
 @pytest.fixture

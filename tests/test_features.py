@@ -23,7 +23,7 @@ from gatl.cli import compose
 from gatl.config import Config, checked
 from gatl.data.images import PreparedData, Streamed, prepare
 from gatl.data.source import Source, Split, in_memory
-from gatl.evaluation import Fit, Fitter, LocalEvaluator, build_classifier, silence
+from gatl.evaluation import Fit, Fitter, LocalEvaluator, build_classifier
 from gatl.features import FeatureFiles, is_shared, prefix_digests, why_off
 from gatl.models.layered import LayeredNetwork
 from gatl.models.weights import LoadReport
@@ -36,6 +36,8 @@ BASE = (
     "trainer.accelerator=cpu",
     "evaluator.workers=1",
 )
+
+pytestmark = pytest.mark.usefixtures("as_in_a_worker")
 ROOMY = 10**9
 SEED = 3
 
@@ -56,15 +58,6 @@ def genes(frozen: int, included: int) -> dict[str, float]:
 
 def never() -> None:
     """Let the fit go on."""
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_worker() -> Iterator[None]:
-    silence()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_data(folder: Path, *, changed: bool = False) -> PreparedData:

@@ -1,5 +1,6 @@
 """Sweeps whose jobs run in other processes: joblib's, and submitit's, which are SLURM's."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -292,6 +293,11 @@ def test_ctrl_c_ends_the_jobs_of_processes_and_says_how_they_go_on(tmp_path):
     assert code == 130
     assert "Traceback" not in err
     assert f"\n  python -m gatl resume={tmp_path}/jobs/NUMBER\n" in out
+    deadline = time.monotonic() + 60  # joblib's resource tracker ends when it finds itself alone
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

@@ -25,13 +25,14 @@ from ray.cluster_utils import Cluster
 from gatl import ray_evaluator
 from gatl.cli import compose
 from gatl.config import Config, checked
-from gatl.data.images import Decoded, PreparedData, Streamed, prepare
-from gatl.data.source import Source, Split, in_memory
+from gatl.data.images import Decoded, PreparedData, Streamed
 from gatl.errors import UserError
-from gatl.evaluation import RUNG, Fit, Fitter, silence
+from gatl.evaluation import RUNG, Fit, Fitter
 from gatl.models.weight_files import read_weights
 from gatl.ray_evaluator import RayEvaluator, packed_weights, portable, room, unpack
 from gatl.ray_worker import hold, remove_abandoned
+
+pytestmark = pytest.mark.usefixtures("as_in_a_worker")
 
 LENET = ("model=lenet5", "data.image_size=32", "data.batch_size=8", "trainer.accelerator=cpu")
 GENES = {"included_layers": 5, "frozen_layers": 0, "learning_rate": 1e-3, "dropout": 0.3}
@@ -40,30 +41,8 @@ PATIENCE = 600.0
 """Seconds until a test gives up."""
 
 
-@pytest.fixture(autouse=True)
-def as_in_a_worker() -> Iterator[None]:
-    silence()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def configure(*overrides: str) -> Config:
     return checked(compose([*LENET, "evaluator=ray", *overrides]))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    def split(n: int, seed: int) -> Split:
-        rng = np.random.default_rng(seed)
-        return in_memory(
-            rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % 2, str(seed)
-        )
-
-    source = Source(("a", "b"), split(24, 0), split(10, 1), split(4, 2))
-    folder = tmp_path_factory.mktemp("images")
-    return prepare(source, image_size=32, split_seed=0, max_bad=0, folder=folder)
 
 
 @pytest.mark.parametrize(
