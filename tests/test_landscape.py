@@ -405,7 +405,7 @@ def test_value_makes_real_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "r.json").read_text())
     genetic, probe = result["runs"]
     assert probe["genes"] == {
-        **{"included_layers": 4, "frozen_layers": 4, "learning_rate": 0.01, "dropout": 0.5}
+        **{"included_layers": 4, "frozen_layers": 4, "learning_rate": 0.01, "dropout": 0.2}
     }
     assert probe["epochs"] == 1 + 1 + 2  # the trial, the re-evaluation, the final model
     assert genetic["epochs"] == 2 + 6 + 2  # two of the best, three seeds each
