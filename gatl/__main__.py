@@ -300,16 +300,20 @@ def main() -> None:
             databases = {config.study.storage or "" for config in configs}
             folder = _use_new_folder("hydra.sweep.dir", words, jobs[0])
             if launcher != BASIC:
+                # What a killed job leaves is cleaned up, which is nothing to be warned of.
+                os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
                 sys.stdout.write(f"{printable(folder)}: {len(jobs)} jobs, by {launcher}\n")
                 sys.stdout.flush()  # before what the jobs print
             try:
-                with _hydra_raises(), _told_in_one_line(launcher, folder):
+                with _hydra_raises(), _told_in_one_line(launcher, folder, len(jobs)):
                     job()
             except UserError:  # of one job; the others are there
                 _compare(folder, databases)
                 raise
             _compare(folder, databases)
         else:
+            if any(word.startswith("hydra/launcher=") for word in words):
+                raise UserError("hydra/launcher= starts the runs of a sweep: add -m.")
             _check(checked(compose(words)))
             require_room(_use_new_folder("hydra.run.dir", words, words))
             job()
@@ -354,7 +358,7 @@ def _use_new_folder(key: str, words: Sequence[str], overrides: Sequence[str]) ->
 
 
 @contextlib.contextmanager
-def _told_in_one_line(launcher: str, folder: Path) -> Iterator[None]:
+def _told_in_one_line(launcher: str, folder: Path, n_jobs: int) -> Iterator[None]:
     """Say what has happened to a launcher that runs jobs elsewhere, and how they go on."""
     if launcher == BASIC:
         yield
@@ -362,7 +366,7 @@ def _told_in_one_line(launcher: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.stdout.write(f"{_way_on(launcher, folder)}\n".lstrip())
+        sys.stdout.write(f"{_way_on(launcher, folder, n_jobs)}\n".lstrip())
         raise
     except UserError:
         raise
@@ -370,11 +374,11 @@ def _told_in_one_line(launcher: str, folder: Path) -> Iterator[None]:
         if hasattr(error, "__notes__"):  # of a job, with its traceback: a defect
             raise
         said = str(error).strip().partition("\n")[0].rstrip(".")
-        way_on = " ".join(_way_on(launcher, folder).split())
+        way_on = " ".join(_way_on(launcher, folder, n_jobs).split())
         raise UserError(f"{launcher}: {said}. {way_on}".rstrip()) from error
 
 
-def _way_on(launcher: str, folder: Path) -> str:
+def _way_on(launcher: str, folder: Path, n_jobs: int) -> str:
     """Say what becomes of a sweep whose command ends before its jobs; nothing if none has begun."""
     from gatl.record import record_in
 
@@ -384,10 +388,12 @@ def _way_on(launcher: str, folder: Path) -> str:
             "The jobs are SLURM's and go on (squeue, scancel); their output is in "
             f"{folder}/.submitit. When they have ended, compare them with\n  {compare}"
         )
-    if not any(map(record_in, folder.glob("*/"))):
+    n_begun = sum(map(bool, map(record_in, folder.glob("*/"))))
+    if not n_begun:
         return ""
     resume = shlex.join(["python", "-m", "gatl", f"resume={folder}/NUMBER"])
-    return f"Each job that has begun goes on with\n  {resume}\nThen compare them with\n  {compare}"
+    begun = f"{n_begun} of {n_jobs} jobs have begun; each goes on with\n  {resume}"
+    return f"{begun}\nThen compare them with\n  {compare}"
 
 
 @contextlib.contextmanager

@@ -164,9 +164,9 @@ def read_runs(folder: Path, trusted: Collection[str] = ()) -> tuple[list[Run], l
         try:
             runs.append(_read(run, trusted))
         except Exception as error:  # whatever stands in a broken run must not cost the others
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__} "
             reason = " ".join(str(error).split())
-            line = f"left out: {run} ({type(error).__name__} {reason})"
-            left_out.append(printable(line))
+            left_out.append(printable(f"left out: {run} ({kind}{reason})"))
     if not runs:
         raise UserError(
             left_out[0]

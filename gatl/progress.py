@@ -59,13 +59,16 @@ class _Console(Console):
 
     def print(self, *objects: Any, **more: Any) -> None:
         """Print as rich does; a text, line by line, as `printable` writes it."""
-        shown = (
-            "\n".join(self._name + printable(line) for line in o.split("\n"))
-            if isinstance(o, str)
-            else o
-            for o in objects
-        )
-        super().print(*shown, **more)
+        super().print(*(self._shown(what, **more) for what in objects), **more)
+
+    def _shown(self, what: object, **more: Any) -> object:
+        if self._name and not isinstance(what, str):  # a table
+            with self.capture() as drawn:
+                super().print(what, **more)
+            what = drawn.get().rstrip("\n")
+        if not isinstance(what, str):
+            return what
+        return "\n".join(self._name + printable(line) for line in what.split("\n"))
 
 
 def new_console(name: str = "") -> Console:

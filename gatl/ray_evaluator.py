@@ -11,9 +11,11 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import signal
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -65,6 +67,7 @@ MOMENT = 1.0
 POLLS_A_SECOND = 200
 """Questions to workers, at most, how far they are; each is asked once a second at most."""
 _WAY_ON = "when that is mended, go on with resume= and the run folder"
+_ADDRESS = re.compile(r"local|auto|(?:ray://)?([^\s/]+):(\d+)")
 _OURS = "gatl"
 """The namespace of what `connect` connects."""
 
@@ -169,12 +172,8 @@ class RayEvaluator:
                 secrets.token_hex(8),
             )
             self._fill()
-            if not self._starting:
-                raise UserError(
-                    f"No node of the Ray cluster has room for a worker, {self._needed}: there are "
-                    f"{_said(_resources())}. With evaluator.workers=1 or more it is "
-                    "waited for."
-                )
+            if not self._capacity:
+                self._require_growth(address)
             while not self._idle:
                 self._take(timeout=1.0)
         except BaseException:
@@ -193,8 +192,11 @@ class RayEvaluator:
         Raises:
             UserError: If there is no such cluster, or a setting is wrong.
         """
-        if not isinstance(address, str) or not address:
-            raise UserError(f"evaluator.address must be local, auto or an address, not {address}.")
+        if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
+            raise UserError(
+                "evaluator.address must be local, auto, HOST:PORT or ray://HOST:PORT, but got "
+                f"{address}."
+            )
         valid = num_gpus is None or (
             type(num_gpus) in (int, float) and (0 <= num_gpus <= 1 or num_gpus in range(1000))
         )
@@ -282,6 +284,23 @@ class RayEvaluator:
         self._asked, self._arguments = {}, ()  # so the object store lets go of the images
         if _is_ours():
             ray.shutdown()
+
+    def _require_growth(self, address: str) -> None:
+        """Say that there is no room for a worker yet; raise unless there may ever be.
+
+        Raises:
+            UserError: If so.
+        """
+        lack = (
+            f"No node of the Ray cluster has room for a worker, {self._needed}: there are "
+            f"{_said(_resources())}"
+        )
+        less = "ask for less (evaluator.num_gpus, evaluator.threads)"
+        if address == "local":
+            raise UserError(f"{lack}; {less}.")
+        if not self._starting:
+            raise UserError(f"{lack}; {less}, or give evaluator.workers=1 or more to wait for one.")
+        sys.stderr.write(f"gatl: {lack}; waiting {PATIENCE / 60:g} minutes for one.\n")
 
     def _take(self, timeout: float) -> list[tuple[int, Outcome]]:
         """Take what workers have sent after so many seconds: that they have started, results."""
@@ -428,10 +447,11 @@ def connect(address: str, config: Config) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     before = signal.getsignal(signal.SIGTERM)
+    listens = False
     try:
-        host, _, port = address.rpartition(":")
-        if port.isdigit() and "://" not in address:  # Ray itself would try for 14 minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        if (there := _ADDRESS.fullmatch(address)) and there[2]:  # Ray would try for 14 minutes
+            socket.create_connection((there[1].strip("[]"), int(there[2])), timeout=10).close()
+            listens = True
         with warnings.catch_warnings(action="ignore"):  # its error says the same
             ray.init(
                 address, namespace=_OURS, log_to_driver=False, configure_logging=False, **local
@@ -441,9 +461,14 @@ def connect(address: str, config: Config) -> None:
             raise UserError(
                 f"evaluator=ray: Ray cannot be started on this machine ({_last_line(error)})."
             ) from error
+        way_out = (
+            "something listens there; if it is a Ray cluster with a token, this process needs "
+            "RAY_AUTH_MODE=token and the cluster's ~/.ray/auth_token"
+            if listens
+            else "start a Ray cluster there (ray start --head), or give evaluator.address=local"
+        )
         raise UserError(
-            f"evaluator.address={address} cannot be reached ({_last_line(error)}): start a Ray "
-            "cluster there (ray start --head), or give evaluator.address=local."
+            f"evaluator.address={address} cannot be reached ({_last_line(error)}): {way_out}."
         ) from error
     signal.signal(signal.SIGTERM, before)  # Ray has one of its own
 

@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
 
 from gatl import __main__, evaluation
 from gatl.cli import _initialised, compose, hydra_setting
@@ -126,6 +127,28 @@ def test_several_on_one_terminal_print_plain_lines_with_their_names(monkeypatch,
     assert not console.is_terminal
     console.print("[1/2] a\nb\x1b[2J")
     assert capsys.readouterr().out == "job 3: [1/2] a\njob 3: b\\x1b[2J\n"
+    table = Table("class", "images", box=None, pad_edge=False)
+    for row in (("daisy", "5"), ("rose", "7")):
+        table.add_row(*row)
+    console.print(table, soft_wrap=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["job", "3:", *row] for row in (("class", "images"), ("daisy", "5"), ("rose", "7"))
+    ]
+    assert (
+        len({line.index(cell) for line, cell in zip(lines, ("images", "5", "7"), strict=True)}) == 1
+    )
+
+
+def test_a_launcher_without_a_sweep_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gatl", *TINY[:1], "hydra/launcher=slurm"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert capsys.readouterr().err == (
+        "gatl: hydra/launcher= starts the runs of a sweep: add -m.\n"
+    )
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_job_that_slurm_runs_once_more_goes_on_in_its_folder(monkeypatch, capsys, tmp_path):
@@ -162,7 +185,7 @@ def test_without_slurm_one_line_says_so(monkeypatch, capsys, tmp_path):
 
 def test_what_a_launcher_raises_is_one_line_that_says_how_jobs_go_on(tmp_path, capsys):
     def raising(error: BaseException, launcher: str) -> None:
-        with __main__._told_in_one_line(launcher, tmp_path):
+        with __main__._told_in_one_line(launcher, tmp_path, 3):
             raise error
 
     with pytest.raises(UserError, match=r"^JoblibLauncher: n_jobs has no meaning\.$"):
@@ -171,7 +194,7 @@ def test_what_a_launcher_raises_is_one_line_that_says_how_jobs_go_on(tmp_path, c
     (tmp_path / "0" / JOURNAL).touch()
     with pytest.raises(UserError) as raised:
         raising(RuntimeError("A worker was killed."), "JoblibLauncher")
-    assert "was killed. Each job" in str(raised.value)
+    assert "was killed. 1 of 3 jobs have begun; each goes on" in str(raised.value)
     assert f" resume={tmp_path}/NUMBER Then" in str(raised.value)
     assert f"gatl.compare runs={tmp_path}" in str(raised.value)
     with pytest.raises(KeyboardInterrupt):
@@ -286,12 +309,14 @@ def test_a_job_that_is_out_of_time_is_queued_again_and_goes_on(tmp_path, alone):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_jobs_of_processes_and_says_how_they_go_on(tmp_path):
-    process = sweep(tmp_path, *TINY, "hydra/launcher=processes", "ga.generations=9")
+    words = (TINY[0], "seed=1,2,3", "hydra/launcher=processes", "ga.generations=9")
+    process = sweep(tmp_path, *words)
     until(lambda: begun(tmp_path), process)
     os.killpg(process.pid, signal.SIGINT)
     code, out, err = ended(process)
     assert code == 130
-    assert "Traceback" not in err
+    assert err == ""
+    assert "2 of 3 jobs have begun; each goes on with\n" in out
     assert f"\n  python -m gatl resume={tmp_path}/jobs/NUMBER\n" in out
     deadline = time.monotonic() + 60  # joblib's resource tracker ends when it finds itself alone
     with contextlib.suppress(ProcessLookupError):

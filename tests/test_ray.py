@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,8 @@ def test_a_node_has_room_for_whole_workers(has, needs, count):
         {"num_gpus": True},
         {"address": 3},
         {"address": ""},
+        {"address": "nonsense"},
+        {"address": "http://127.0.0.1:8265"},
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_started(settings):
@@ -248,12 +251,38 @@ def test_on_a_ray_of_this_machine_fits_are_as_anywhere(data, tmp_path, nodes, mo
     assert [*nodes.glob("gatl-ray-*")] == []
 
 
-def test_a_wrong_address_is_one_line_and_soon():
+@pytest.mark.parametrize("kind", ["", "ray://"])
+def test_where_nobody_listens_is_one_line_and_soon(kind):
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"evaluator\.address=127.* cannot be reached .*ray start"):
-        RayEvaluator.require(configure(), "127.0.0.1:1")
+    with pytest.raises(
+        UserError, match=r"evaluator\.address=.*127.* cannot be reached .*ray start"
+    ):
+        RayEvaluator.require(configure(), f"{kind}127.0.0.1:1")
     assert not ray.is_initialized()
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 5  # Ray itself takes 40 seconds, or 14 minutes
+
+
+@pytest.mark.parametrize("kind", ["", "ray://"])
+def test_a_cluster_that_refuses_is_told_from_none(kind, monkeypatch):
+    monkeypatch.setattr(ray, "init", Mock(side_effect=ConnectionError("ray client timeout")))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{kind}127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"\(ray client timeout\): .*RAY_AUTH_MODE=token"):
+            RayEvaluator.require(configure(), address)
+
+
+def test_room_that_there_is_not_is_waited_for_where_it_may_come(monkeypatch, capsys):
+    evaluator = RayEvaluator.__new__(RayEvaluator)
+    evaluator._needs, evaluator._starting = {"CPU": 1, "GPU": 1}, {}
+    monkeypatch.setattr("gatl.ray_evaluator._resources", lambda: {"CPU": 2.0})
+    lack = r"takes 1 CPU, 1 GPU: there are 2 CPU, 0 GPU; ask for less \(evaluator\.num_gpus"
+    with pytest.raises(UserError, match=lack + r".*evaluator\.workers=1"):
+        evaluator._require_growth("auto")
+    evaluator._starting = {Mock(): Mock()}  # as many as evaluator.workers says
+    with pytest.raises(UserError, match=lack + r", evaluator\.threads\)\.$"):
+        evaluator._require_growth("local")
+    evaluator._require_growth("auto")
+    assert "there are 2 CPU, 0 GPU; waiting 10 minutes for one.\n" in capsys.readouterr().err
 
 
 def test_a_worker_that_cannot_start_is_one_line(monkeypatch):
