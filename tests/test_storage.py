@@ -276,7 +276,9 @@ def test_a_hostile_study_json_is_one_line(tmp_path, text):
     (tmp_path / "study.json").write_text('{"storage": "sqlite:////x.db", "name": "gatl x"}')
     assert place_of(tmp_path) == Place("sqlite:////x.db", "gatl x")
     (tmp_path / "study.json").write_text(text)
-    assert "left out" in message(compare.read_runs, tmp_path)
+    said = message(compare.read_runs, tmp_path)
+    assert "left out" in said
+    assert "UserError" not in said
 
 
 def test_by_itself_a_folder_connects_to_nothing(tmp_path, address, run, monkeypatch):
