@@ -16,6 +16,9 @@ from gatl.files import is_passing
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 """Formats for pictures; Pillow also reads documents, by another program, icons, fonts and films."""
 
+UNREAD = {".heic", ".heif", ".jxl"}
+"""Endings of pictures of other formats: who has them expects them to be read, or to be told."""
+
 MAX_PIXELS = 178_956_970
 """Pillow's own limit, for a JPEG as well: 0.7 GB in each thread that decodes."""
 COSTLY = 4
@@ -70,14 +73,18 @@ def to_rgb(image: ImageLike, size: int, interpolation: str = "bicubic") -> npt.N
             raise UserError(
                 f"{name} cannot be read now ({reason}): when that has passed, try again."
             ) from error
-        raise UndecodableImage(printable(f"{name} cannot be decoded: {_reason(error)}")) from error
+        raise UndecodableImage(
+            printable(f"{name} cannot be decoded: {_reason(image, error)}")
+        ) from error
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image file"
+def _reason(image: ImageLike, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # without the file's name, which stands in front of it
+    if isinstance(image, Path) and image.suffix.lower() in UNREAD:
+        return "of a format that gatl does not read; save it as JPEG or PNG"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image file"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gatl.data.decode import FORMATS
+from gatl.data.decode import FORMATS, UNREAD
 from gatl.data.source import Source, Split
 from gatl.errors import UserError
 
@@ -26,7 +26,7 @@ def load(root: str) -> Source:
     Images may lie in nested folders of a class. Hidden files and folders, and
     files that are no images by their extension, are ignored. Links are followed,
     into each folder once; one that leads nowhere counts as an image that cannot
-    be decoded.
+    be decoded, and so does one of `UNREAD`.
 
     Args:
         root: The folder; a leading ``~`` is expanded.
@@ -150,7 +150,7 @@ def images_below(folder: Path) -> list[Path]:
     Raises:
         UserError: If a folder cannot be read.
     """
-    known = set(extensions())
+    known = {*extensions(), *UNREAD}
     return sorted(
         path for path in _files(folder) if path.suffix.lower() in known or _leads_nowhere(path)
     )

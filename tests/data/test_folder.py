@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gatl.data.decode import UndecodableImage, to_rgb
 from gatl.data.folder import find_splits, load
 from gatl.data.source import Source
 from gatl.data.splits import complete_splits
@@ -179,6 +180,20 @@ def test_a_link_that_leads_nowhere_counts_as_an_image(tmp_path: Path) -> None:
     (tmp_path / "a" / "more").symlink_to(tmp_path / "unmounted")
     os.mkfifo(tmp_path / "a" / "pipe.png")
     assert names(load(str(tmp_path))) == ["a/1.png", "a/2.png", "a/more", "a/pipe.png", "b/1.png"]
+
+
+def test_a_picture_of_a_format_that_is_not_read_counts_as_an_image(tmp_path: Path) -> None:
+    put(tmp_path, "a/1.png", "a/photo.HEIC", "b/1.png", "b/2.jxl", "b/film.mov")
+    (tmp_path / "a" / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    (tmp_path / "b" / "2.jxl").write_bytes(b"\xff\x0a" + bytes(99))
+    found = load(str(tmp_path)).train.images
+    assert [path.name for path in found] == ["1.png", "photo.HEIC", "1.png", "2.jxl"]
+    for path in (found[1], found[3]):
+        with pytest.raises(UndecodableImage) as caught:
+            to_rgb(path, 8)
+        assert str(caught.value) == (
+            f"{path} cannot be decoded: of a format that gatl does not read; save it as JPEG or PNG"
+        )
 
 
 def test_a_class_that_is_a_link_to_nowhere_is_an_error(tmp_path: Path) -> None:
