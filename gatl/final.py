@@ -104,6 +104,7 @@ def finish(session: "Session") -> float:
         )
     if (made := made_before(folder, session.config, len(ended))) is not None:
         _report(folder, console)
+        _remove_checkpoints(folder)
         console.print(made, soft_wrap=True)
         return best.value
     try:
@@ -164,9 +165,7 @@ def finish(session: "Session") -> float:
     write_whole(folder / MODEL_CARD, describe(result, session.config).encode())
     write_json(folder / RESULT, result)  # with it the model is made
     _report(folder, console)
-    for candidate in candidates:  # the logs stay
-        for name in ("best.ckpt", "last.ckpt", "training.json"):
-            (fit_folder(session, candidate) / name).unlink(missing_ok=True)
+    _remove_checkpoints(folder)
     _show(session, winner.genes, figures, matrix, n_tests)
     return best.value
 
@@ -207,6 +206,7 @@ def nothing_left(folder: Path, config: Config, overrides: Sequence[str], console
         return False
     remember(folder, overrides)
     remove_scratch(folder)
+    _remove_checkpoints(folder)
     page = folder / REPORT
     if not page.is_file() or page.stat().st_mtime_ns < (folder / RESULT).stat().st_mtime_ns:
         _report(folder, console)
@@ -214,6 +214,13 @@ def nothing_left(folder: Path, config: Config, overrides: Sequence[str], console
     assert made is not None
     console.print(made, soft_wrap=True)
     return True
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove what final trainings would have needed to go on; their logs stay."""
+    for path in folder.glob("final/fit/*/*"):
+        if path.name in ("best.ckpt", "last.ckpt", "training.json"):
+            path.unlink(missing_ok=True)
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from gatl.chromosome import Value
 from gatl.classifier import Classifier, Diverged
+from gatl.config import MAX_PARALLEL
 from gatl.errors import UserError
 from gatl.evaluation import (
     PARTS,
@@ -177,9 +178,10 @@ def retrain_best(
 ) -> tuple[Candidate, Classifier, dict[str, Any]]:
     """Retrain the candidate with the best mean; one that diverges gives way to the next."""
     if all(candidate.mean == math.inf for candidate in candidates):
+        command = final_command(session.folder, *word_for(session.config))
         raise UserError(
-            "Every candidate failed in its re-evaluation, for the reasons above. When that is "
-            f"mended, go on with  {final_command(session.folder, *word_for(session.config))}"
+            "Every candidate failed in one of its re-evaluations, for the reasons above. When that "
+            f"is mended, or with a higher final.top_k, go on with  {command}"
         )
     for candidate in sorted(candidates, key=lambda candidate: candidate.mean):
         try:
@@ -239,7 +241,8 @@ def _retrain(
     curve = begun["epochs"] if begun else []
     n_parts = max(n_parts, begun.get("n_parts", 1) if begun else 1)
     started = time.monotonic()
-    torch.set_num_threads(THREADS)
+    threads = begun["threads"] if begun else THREADS
+    torch.set_num_threads(threads)
     seed = fit_seed(config.seed, Purpose.FINAL, genes)
     torch.manual_seed(seed)
     classifier, report = build_classifier(config, session.data, genes)
@@ -299,7 +302,7 @@ def _retrain(
         "trainable_params": classifier.network.n_trainable,
         "total_params": classifier.network.n_parameters,
         "micro_batch": micro_batch(config, classifier),
-        "threads": THREADS,
+        "threads": threads,
         "seconds": round(time.monotonic() - started, 1),
         "weights": report.to_json() if report else {},
     }
@@ -308,20 +311,24 @@ def _retrain(
 def _begun(folder: Path, settings: Mapping[str, Any], max_epochs: int) -> dict[str, Any] | None:
     """Return the last checkpoint of a training with these settings, to go on from.
 
-    If there is none, the folder is made empty: what lies there is another training's.
+    It goes on with as many threads as it began with, since their number decides in which
+    order numbers are added up. If there is none, the folder is made empty: what lies there is
+    another training's.
     """
     kept = folder / "training.json"
     content, best = (read_checkpoint(folder / f"{name}.ckpt") for name in ("last", "best"))
     with contextlib.suppress(Exception):  # nothing is there yet, or it is damaged
-        if content and best and json.loads(kept.read_text(encoding="utf-8")) == settings:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        threads = before.pop("threads")
+        if content and best and before == settings and threads in range(1, MAX_PARALLEL + 1):
             curve, states = content["epochs"], content.get("callbacks", {})
             # Whoever was killed between the two left a best one that is an epoch ahead.
             in_step = len(best["epochs"]) in (_best_epoch(curve) + 1, len(curve) + 1)
             if len(curve) <= max_epochs and in_step and _names_own_files(states, folder):
-                return content
+                return content | {"threads": int(threads)}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    write_json(kept, settings)
+    write_json(kept, {**settings, "threads": THREADS})
     return None
 
 

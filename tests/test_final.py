@@ -715,6 +715,7 @@ def test_a_final_training_goes_on_as_if_it_had_not_been_cut_off(
 def test_what_a_training_goes_on_from(tmp_path):
     folder, begun = tmp_path / "fit", {"genes": {"dropout": 0.5}, "patience": 2}
     curve = [{"val_loss": 0.5}, {"val_loss": 0.4}]
+    whole = {"epochs": curve, "threads": retraining.THREADS}
 
     def leave(n_best=2):
         torch.save({"epochs": curve}, folder / "last.ckpt")
@@ -723,11 +724,11 @@ def test_what_a_training_goes_on_from(tmp_path):
     assert retraining._begun(folder, begun, 3) is None
     leave()
     for max_epochs in (2, 3, 9):
-        assert retraining._begun(folder, begun, max_epochs) == {"epochs": curve}
+        assert retraining._begun(folder, begun, max_epochs) == whole
     assert retraining._begun(folder, begun, 1) is None  # it is beyond its end
     assert not (folder / "last.ckpt").exists()
     leave(3)  # it was killed between the two: the third epoch comes again
-    assert retraining._begun(folder, begun, 3) == {"epochs": curve}
+    assert retraining._begun(folder, begun, 3) == whole
     leave(1)  # a power cut left the one before
     assert retraining._begun(folder, begun, 3) is None
     for name in ("last.ckpt", "best.ckpt", "training.json"):
@@ -736,8 +737,8 @@ def test_what_a_training_goes_on_from(tmp_path):
         for n in (0, 1, len(content) // 2, len(content) - 1):
             leave()
             (folder / name).write_bytes(content[:n] + bytes(n == 1))
-            whole = name == "training.json" and n == len(content) - 1  # but for the line's end
-            assert retraining._begun(folder, begun, 3) == ({"epochs": curve} if whole else None)
+            is_whole = name == "training.json" and n == len(content) - 1  # but for the line's end
+            assert retraining._begun(folder, begun, 3) == (whole if is_whole else None)
         leave()
         (folder / name).unlink()
         assert retraining._begun(folder, begun, 3) is None
@@ -756,7 +757,21 @@ def test_what_cannot_be_read_just_now_is_not_deleted(tmp_path, monkeypatch, erro
         patch.setattr(torch, "load", raising(error))
         with pytest.raises(type(error)):
             retraining._begun(folder, {}, 3)
-    assert retraining._begun(folder, {}, 3) == {"epochs": [{"val_loss": 0.5}]}
+    assert retraining._begun(folder, {}, 3)["epochs"] == [{"val_loss": 0.5}]
+
+
+def test_a_training_goes_on_with_the_threads_it_began_with(tmp_path, monkeypatch):
+    assert retraining._begun(tmp_path, {}, 3) is None
+    for name in ("best.ckpt", "last.ckpt"):
+        torch.save({"epochs": [{"val_loss": 0.5}]}, tmp_path / name)
+    began = retraining.THREADS
+    monkeypatch.setattr(retraining, "THREADS", began + 3)  # of another machine, or a launcher's job
+    assert retraining._begun(tmp_path, {}, 3)["threads"] == began
+    for lie in ("0", "1025", '"2"', "null", "1e400", "[]"):
+        (tmp_path / "training.json").write_text(f'{{"threads": {lie}}}')
+        assert retraining._begun(tmp_path, {}, 3) is None
+        for name in ("best.ckpt", "last.ckpt"):
+            torch.save({"epochs": [{"val_loss": 0.5}]}, tmp_path / name)
 
 
 def test_a_kill_while_the_result_is_written_loses_no_training(tmp_path, data, monkeypatch):
@@ -847,6 +862,10 @@ def test_what_a_kill_behind_the_result_left_is_put_in_order(made, tmp_path):
     for name in (".images", ".features"):
         (folder / name).mkdir()
         (folder / name / "scratch.npy").touch()
+    kept = {path for path in (folder / "final").rglob("*") if path.is_file()}
+    for name in ("best.ckpt", "last.ckpt", "training.json"):
+        (folder / "final" / "fit" / "99").mkdir(parents=True, exist_ok=True)
+        (folder / "final" / "fit" / "99" / name).touch()
     page = folder / "report.html"
     composed = compose([*OVERRIDES, "budget.trials=5"])
     config = checked(composed)
@@ -859,6 +878,7 @@ def test_what_a_kill_behind_the_result_left_is_put_in_order(made, tmp_path):
         assert f"Report:       {page}" in console.file.getvalue()
         assert page.stat().st_mtime_ns >= (folder / "result.json").stat().st_mtime_ns
         assert not list(folder.glob(".[if]*"))
+        assert {path for path in (folder / "final").rglob("*") if path.is_file()} == kept
     before = page.stat().st_mtime_ns
     assert final.nothing_left(folder, config, [], console)
     assert page.stat().st_mtime_ns == before

@@ -668,7 +668,7 @@ def test_a_final_training_deletes_no_file_that_its_checkpoint_names(tmp_path, li
     folder, victim = tmp_path / "fit", tmp_path / "victim"
     folder.mkdir()
     lie = lie.replace("FOLDER/../VICTIM", f"{folder}/../victim").replace("VICTIM", str(victim))
-    (folder / "training.json").write_text("{}")
+    (folder / "training.json").write_text('{"threads": 1}')
     epochs = [{"val_loss": 1.0}]
     checkpoint(folder / "best.ckpt", epochs=epochs)
     states = {
@@ -679,7 +679,7 @@ def test_a_final_training_deletes_no_file_that_its_checkpoint_names(tmp_path, li
     for key, value in (("best_model_path", lie), ("best_k_models", {lie: 1.0})):
         hostile = copy.deepcopy(states)
         hostile["ModelCheckpoint"][key] = value
-        (folder / "training.json").write_text("{}")
+        (folder / "training.json").write_text('{"threads": 1}')
         checkpoint(folder / "best.ckpt", epochs=epochs)
         checkpoint(folder / "last.ckpt", epochs=epochs, callbacks=hostile)
         assert retraining._begun(folder, {}, 3) is None
