@@ -46,6 +46,8 @@ from gatl.trust import (
 )
 
 CHANGEABLE_ON_RESUME = ("budget", "evaluator", "logger", "final", "cache")
+OF_ANY_EVALUATOR = ("threads", "timeout")
+"""Settings that a run keeps where it goes on with another evaluator."""
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",
     "hydra/launcher/submitit_slurm": "slurm",
@@ -399,6 +401,7 @@ def _config_of(folder: Path) -> Path:
 def _changed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Apply the overrides with which a run goes on."""
     OmegaConf.set_struct(config, True)
+    threads = OmegaConf.select(config, "evaluator.threads")
     for override in parse(overrides):
         key, line = override.key_or_group, override.input_line
         if key.partition(".")[0] not in CHANGEABLE_ON_RESUME or override.is_delete():
@@ -410,11 +413,19 @@ def _changed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         value = override.value()
         try:
             if isinstance(value, str) and key in CHANGEABLE_ON_RESUME:  # the choice of a group
-                OmegaConf.update(config, key, compose([line or ""])[key], merge=False)
+                chosen = compose([line or ""])[key]
+                if key == "evaluator":
+                    chosen.update({name: config.evaluator[name] for name in OF_ANY_EVALUATOR})
+                OmegaConf.update(config, key, chosen, merge=False)
             else:
                 OmegaConf.update(config, key, value, force_add=override.is_add())
         except OmegaConfBaseException as error:
             raise UserError(_no_setting(str(error.full_key), "config")) from error
+    if (now := OmegaConf.select(config, "evaluator.threads")) != threads:
+        raise UserError(
+            f"evaluator.threads={now} cannot change on resume, because the finished search must be "
+            f"the same: it is {threads}."
+        )
     return config
 
 
@@ -550,7 +561,7 @@ def _no_setting(key: str, config_name: str) -> str:
     """Say that there is no such key, and which one is near."""
     gene = re.fullmatch(r"space\.(\w+)(\..*)?", key)
     if gene and gene[1] in KNOWN_GENES:
-        return f"{key}: add the gene whole, +space.{gene[1]}={{low: LOW, high: HIGH}}."
+        return f'{key}: add the gene whole, "+space.{gene[1]}={{low: LOW, high: HIGH}}".'
     near = "" if key.startswith("hydra.") else _nearest(key, _valid_keys(config_name))
     return f"{key} is no setting{near}; see python -m gatl --help."
 

@@ -57,7 +57,7 @@ MESSAGES = {
     ("foo=1",): "foo is no setting; see python -m gatl --help.",
     ("hydra.foo=1",): "hydra.foo is no setting; see python -m gatl --help.",
     ("space.weight_decay.low=0",): (
-        "space.weight_decay.low: add the gene whole, +space.weight_decay={low: LOW, high: HIGH}."
+        'space.weight_decay.low: add the gene whole, "+space.weight_decay={low: LOW, high: HIGH}".'
     ),
     ("data=flower",): f"data=flower is no choice (nearest: flowers); there are: {DATA}",
     ("data=null",): f"data must be one of {DATA}, but got None.",
@@ -258,6 +258,22 @@ def test_budget_evaluator_logger_and_final_may_change_on_resume(run_folder):
     assert (after.final.top_k, after.final.seeds) == (1, 1)
     for group in ("seed", "data", "model", "space", "search", "initial", "ga", "trainer"):
         assert getattr(after, group) == getattr(before, group)
+
+
+def test_threads_are_part_of_the_result_and_stay_on_resume(tmp_path):
+    path = tmp_path / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    OmegaConf.save(compose(["evaluator.threads=4", "evaluator.timeout=1h"]), path)
+    for override in ("evaluator=local", "evaluator.workers=2", "evaluator.threads=4"):
+        after = checked(compose_resumed(tmp_path, [override])).evaluator
+        assert (after.threads, after.timeout) == (4, "1h")
+    for override in ("evaluator.threads=2", "evaluator={threads: 2}"):
+        with pytest.raises(UserError) as caught:
+            compose_resumed(tmp_path, [override])
+        assert str(caught.value) == (
+            "evaluator.threads=2 cannot change on resume, because the finished search must be the "
+            "same: it is 4."
+        )
 
 
 def test_what_a_run_is_told_when_it_goes_on_is_remembered(run_folder):
