@@ -411,6 +411,8 @@ def test_experiments_and_presets():
     assert (original.ga.n_elites, original.initial) == (0, ())
     assert (original.ga.mutation_prob, original.ga.mutation_step) == (0.25, None)
     assert config("experiment=original").model.se["init"] == "kaiming"
+    assert config("experiment=original").model.weights == "imagenet"
+    assert config("experiment=original", "model=se_densenet121_k12").model.weights == "bundled"
     laptop = config("experiment=laptop", "data=folder", "data.root=photos", "data.augment=none")
     assert (laptop.data.name, laptop.data.root, laptop.data.augment) == ("folder", "photos", "none")
     assert (laptop.model.name, laptop.data.image_size) == ("se_densenet121_k12", 64)
