@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all lint format docs clean
 
-# What makes the environment: at least Python 3.11.
+# What makes the environment: at least Python 3.11.4.
 PYTHON ?= python3
 # Tests at once; each with one thread, so that they do not fight for cores.
 JOBS ?= 2
