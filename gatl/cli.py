@@ -29,7 +29,7 @@ from hydra.errors import (
     InstantiationException,
     MissingConfigException,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gatl import __version__
@@ -359,7 +359,13 @@ def resumed(folder: Path, overrides: Sequence[str], trusted: Collection[str]) ->
                 "from a copy, or begin a new run."
             ) from error
     if overrides:
+        threads = config.evaluator.threads
         config = checked(compose_resumed(folder, overrides, trusted))
+        if config.evaluator.threads != threads:
+            raise UserError(
+                f"evaluator.threads={config.evaluator.threads} cannot change on resume, because "
+                f"the finished search must be the same: it is {threads}."
+            )
     given = {override.key_or_group for override in parse(overrides)}
     if "evaluator.address" not in given:  # evaluator=NAME comes with its own, evaluator={...} not
         require_known_address(path, config, trusted)
@@ -401,7 +407,6 @@ def _config_of(folder: Path) -> Path:
 def _changed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Apply the overrides with which a run goes on."""
     OmegaConf.set_struct(config, True)
-    threads = OmegaConf.select(config, "evaluator.threads")
     for override in parse(overrides):
         key, line = override.key_or_group, override.input_line
         if key.partition(".")[0] not in CHANGEABLE_ON_RESUME or override.is_delete():
@@ -415,17 +420,14 @@ def _changed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             if isinstance(value, str) and key in CHANGEABLE_ON_RESUME:  # the choice of a group
                 chosen = compose([line or ""])[key]
                 if key == "evaluator":
-                    chosen.update({name: config.evaluator[name] for name in OF_ANY_EVALUATOR})
+                    before = {n: OmegaConf.select(config, f"{key}.{n}") for n in OF_ANY_EVALUATOR}
+                    with open_dict(chosen):
+                        chosen.update({n: v for n, v in before.items() if v is not None})
                 OmegaConf.update(config, key, chosen, merge=False)
             else:
                 OmegaConf.update(config, key, value, force_add=override.is_add())
         except OmegaConfBaseException as error:
             raise UserError(_no_setting(str(error.full_key), "config")) from error
-    if (now := OmegaConf.select(config, "evaluator.threads")) != threads:
-        raise UserError(
-            f"evaluator.threads={now} cannot change on resume, because the finished search must be "
-            f"the same: it is {threads}."
-        )
     return config
 
 

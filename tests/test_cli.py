@@ -265,15 +265,26 @@ def test_threads_are_part_of_the_result_and_stay_on_resume(tmp_path):
     path.parent.mkdir()
     OmegaConf.save(compose(["evaluator.threads=4", "evaluator.timeout=1h"]), path)
     for override in ("evaluator=local", "evaluator.workers=2", "evaluator.threads=4"):
-        after = checked(compose_resumed(tmp_path, [override])).evaluator
+        after = resumed(tmp_path, [override], []).evaluator
         assert (after.threads, after.timeout) == (4, "1h")
     for override in ("evaluator.threads=2", "evaluator={threads: 2}"):
         with pytest.raises(UserError) as caught:
-            compose_resumed(tmp_path, [override])
+            resumed(tmp_path, [override], [])
         assert str(caught.value) == (
             "evaluator.threads=2 cannot change on resume, because the finished search must be the "
             "same: it is 4."
         )
+    with pytest.raises(UserError, match=r"evaluator must be a group of settings, but got None\.$"):
+        resumed(tmp_path, ["evaluator=null"], [])
+    config = OmegaConf.load(path)
+    config.evaluator = {"_target_": "my.Evaluator", "workers": 1, "threads": 2}  # without timeout
+    OmegaConf.save(config, path)
+    after = resumed(tmp_path, ["evaluator=local"], ["my.Evaluator"]).evaluator
+    assert (after._target_, after.threads) == ("gatl.evaluation.LocalEvaluator", 2)
+    config.evaluator = [1]
+    OmegaConf.save(config, path)
+    with pytest.raises(UserError, match=r"evaluator must be a group of settings, but got \[1\]"):
+        resumed(tmp_path, [], [])
 
 
 def test_what_a_run_is_told_when_it_goes_on_is_remembered(run_folder):
